@@ -1,0 +1,119 @@
+"""What an algorithm is: what a client contributes to a sum, and what the server does with that sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fl_lightning.tree import scaled
+from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, Phase, Tree
+
+__all__ = ["Algorithm", "OptimizerCallable", "SchedulerCallable", "State", "Weights", "assignment"]
+
+OptimizerCallable: TypeAlias = Callable[[Iterable[Any]], Optimizer]
+SchedulerCallable: TypeAlias = Callable[[Optimizer], LRScheduler]
+Weights: TypeAlias = Literal["examples", "uniform"] | Callable[[ClientUpdate], float]
+State: TypeAlias = dict[str, Any]
+
+
+def assignment(params: Iterable[Any]) -> Optimizer:
+    """Return the neutral server optimizer ``SGD(lr=1)``: the new model is the old one plus the mean update."""
+    return torch.optim.SGD(params, lr=1.0)
+
+
+class Algorithm:
+    r"""Base of all federated algorithms; by itself it is federated averaging.
+
+    In round :math:`t` each client :math:`k` of the cohort contributes :math:`\{w_k \delta_k, w_k\}` to one sum, and
+    the server steps with the pseudo-gradient :math:`g_t = -\sum_k w_k \delta_k / \sum_k w_k`.
+
+    Subclasses are pure: what they learn goes through ``state``, what a client keeps goes through ``memory``.
+
+    Args:
+        server_optimizer: parameters to the server's torch optimizer; ``None`` is ``SGD(lr=1)``.
+        server_lr_scheduler: optimizer to a learning-rate scheduler, stepped once a round; ``None`` for none.
+        weights: weight of a client: its number of examples, ``"uniform"``, or a callable on its ``ClientUpdate``.
+    """
+
+    linear: bool = True
+    """Whether the server needs only the sum of the contributions (robust rules need every one)."""
+
+    def __init__(
+        self,
+        server_optimizer: OptimizerCallable | None = None,
+        server_lr_scheduler: SchedulerCallable | None = None,
+        weights: Weights = "examples",
+    ) -> None:
+        if not callable(weights) and weights not in ("examples", "uniform"):
+            raise MisconfigurationException(
+                f"Expected weights='examples', 'uniform' or a callable on a ClientUpdate, got {weights!r}."
+            )
+        self.server_optimizer: OptimizerCallable = server_optimizer or assignment
+        self.server_lr_scheduler = server_lr_scheduler
+        self.weights = weights
+
+    # ---- client half -------------------------------------------------------------------------------------------
+
+    def client_callbacks(self) -> list[Callback]:
+        """Return the Lightning callbacks of local training; they are copied for each client."""
+        return []
+
+    def phases(self, task: ClientTask) -> list[Phase]:
+        """Return the local trainings of a round, in order; one of them reports."""
+        return [Phase()]
+
+    def local_parameters(self, module: nn.Module) -> set[str]:
+        """Return the names of the parameters that stay with their client (personalisation)."""
+        return set()
+
+    def weight(self, update: ClientUpdate) -> float:
+        """Return the client's weight in the sum."""
+        if callable(self.weights):
+            weight = float(self.weights(update))
+            if not 0 <= weight < float("inf"):
+                raise MisconfigurationException(
+                    f"Expected weights to return a finite number >= 0, got {weight!r} for client {update.client_id!r}."
+                )
+            return weight
+        return float(update.num_examples) if self.weights == "examples" else 1.0
+
+    def contribute(self, update: ClientUpdate, task: ClientTask, memory: Memory) -> tuple[Contribution, Memory | None]:
+        """Return the client's summand and its next memory (``None`` keeps the old one)."""
+        weight = self.weight(update)
+        return Contribution({"delta": scaled(update.delta, weight)}, {"weight": weight}), None
+
+    # ---- server half -------------------------------------------------------------------------------------------
+
+    def init_state(self, model: Tree) -> State:
+        """Return the server's state before the first round: tensors and primitives only."""
+        return {}
+
+    def broadcast(self, state: State) -> Mapping[str, Tree]:
+        """Return the trees that go to the clients beside ``"model"`` and ``"buffers"``."""
+        return {}
+
+    def apply(self, total: Contribution, state: State, num_clients: int) -> tuple[Tree, State]:
+        """Turn the sum into the server optimizer's gradient.
+
+        Args:
+            total: the sum of the cohort's contributions.
+            state: the server's state.
+            num_clients: size of the population.
+
+        Returns:
+            The pseudo-gradient and the next state.
+        """
+        weight = total.scalars["weight"]
+        if not weight > 0:
+            raise MisconfigurationException(
+                f"Expected a positive sum of client weights, got {weight}. With weights='examples' every client of "
+                "this cohort reports no examples: give the population client_size(id), or use weights='uniform'."
+            )
+        return scaled(total.trees["delta"], -1.0 / weight), state

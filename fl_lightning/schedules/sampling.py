@@ -1,0 +1,84 @@
+"""Who takes part in a round: pure functions of (seed, round) and the ids that exist now."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fl_lightning.errors import NotEnoughClientsError
+from fl_lightning.seeding import seed_for
+from fl_lightning.types import ClientId, Population
+
+__all__ = ["Sampler", "UniformSampler", "cohort_size", "require_enough"]
+
+
+def cohort_size(clients_per_round: int | float | None, num_clients: int) -> int:
+    """Return how many clients take part: a count, a fraction of those that exist (at least one), or everyone.
+
+    Raises:
+        MisconfigurationException: for a count below 1 or above ``num_clients``, or a fraction outside ``(0, 1]``.
+
+    Example:
+        >>> cohort_size(10, 100), cohort_size(0.25, 100), cohort_size(None, 100), cohort_size(0.001, 100)
+        (10, 25, 100, 1)
+    """
+    if clients_per_round is None:
+        return num_clients
+    if isinstance(clients_per_round, float):
+        return max(1, round(clients_per_round * num_clients))
+    if clients_per_round > num_clients:
+        raise MisconfigurationException(
+            f"clients_per_round={clients_per_round} asks for more clients than exist ({num_clients}). "
+            f"Use clients_per_round<={num_clients}, a fraction such as clients_per_round=0.1, or None for everyone."
+        )
+    return clients_per_round
+
+
+class Sampler:
+    """Chooses the cohort of a round. Subclasses are pure in ``(seed, round)``."""
+
+    def cohort(self, population: Population, size: int, seed: int, round: int) -> list[ClientId]:
+        """Return the ids of the clients that take part.
+
+        Args:
+            population: the clients that exist now.
+            size: how many are wanted.
+            seed: the federation's seed.
+            round: 0-based round.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define cohort(population, size, seed, round).")
+
+
+class UniformSampler(Sampler):
+    """``size`` clients uniformly without replacement; the work does not grow with the population.
+
+    Example:
+        >>> class Million:
+        ...     def client_ids(self): return range(10**6)
+        ...     def client_dataloader(self, client_id): return []
+        >>> UniformSampler().cohort(Million(), 3, seed=0, round=0) == UniformSampler().cohort(Million(), 3, 0, 0)
+        True
+    """
+
+    def cohort(self, population: Population, size: int, seed: int, round: int) -> list[ClientId]:
+        ids: Sequence[ClientId] = population.client_ids()
+        if size >= len(ids):
+            return list(ids)
+        chosen = random.Random(seed_for(seed, round, None, "cohort")).sample(range(len(ids)), size)
+        return [ids[index] for index in chosen]
+
+
+def require_enough(available: int, min_clients: int, round: int) -> None:
+    """Raise when fewer than ``min_clients`` clients are there.
+
+    Raises:
+        NotEnoughClientsError: names the round, what is there and what is needed.
+    """
+    if available < min_clients:
+        raise NotEnoughClientsError(
+            f"Round {round} needs min_clients={min_clients}, but only {available} "
+            f"{'client is' if available == 1 else 'clients are'} available. "
+            "Lower min_clients, or bring more clients into the population."
+        )

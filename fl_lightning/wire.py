@@ -1,0 +1,99 @@
+"""Nested dictionaries of tensors and primitives as bytes, and back, without pickle.
+
+The tensors are a safetensors file; the nesting is JSON in its header. Reading executes nothing, and a truncated or
+oversized string is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors import torch as safetensors_torch
+from torch import Tensor
+
+__all__ = ["WireError", "pack", "unpack"]
+
+_STRUCTURE = "structure"
+
+
+class WireError(ValueError):
+    """A byte string is not what :func:`pack` writes."""
+
+
+def pack(value: Any) -> bytes:
+    """Return ``value`` as bytes.
+
+    Args:
+        value: any nesting of ``dict`` (keys ``str`` or ``int``), ``list``, ``tuple``, ``Tensor``, ``str``, ``int``,
+            ``float``, ``bool`` and ``None``.
+
+    Raises:
+        TypeError: for any other type; its place in the nesting is named.
+
+    Example:
+        >>> import torch
+        >>> unpack(pack({"step": 3, "state": {0: {"m": torch.ones(2)}}}))["state"][0]["m"].tolist()
+        [1.0, 1.0]
+    """
+    tensors: dict[str, Tensor] = {}
+    structure = _flatten(value, tensors, "value")
+    return safetensors_torch.save(tensors, {_STRUCTURE: json.dumps(structure, separators=(",", ":"))})
+
+
+def unpack(data: bytes) -> Any:
+    """Undo :func:`pack`.
+
+    Raises:
+        WireError: when ``data`` is truncated, oversized or not written by :func:`pack`.
+    """
+    try:
+        tensors = safetensors_torch.load(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        return _nest(json.loads(header["__metadata__"][_STRUCTURE]), tensors)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise WireError(
+            f"Expected bytes written by fl_lightning.wire.pack, got {len(data)} bytes that cannot be read: {error}. "
+            "Were they cut off or changed on the way?"
+        ) from error
+
+
+def _flatten(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
+    if isinstance(value, Tensor):
+        key = str(len(tensors))
+        tensors[key] = _portable(value)
+        return {"#": key}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict) or hasattr(value, "items"):
+        for key in value:
+            if not isinstance(key, str | int):
+                raise TypeError(f"Expected str or int as a key at {place}, got {key!r}. Rename the key.")
+        return {"d": [[key, _flatten(item, tensors, f"{place}[{key!r}]")] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "l" if isinstance(value, list) else "t"
+        return {kind: [_flatten(item, tensors, f"{place}[{index}]") for index, item in enumerate(value)]}
+    raise TypeError(
+        f"Expected tensors, primitives, dict, list or tuple, got {type(value).__name__} at {place}. "
+        "Only tensors and primitives cross the border between server and client: convert it first."
+    )
+
+
+def _portable(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    # safetensors refuses two tensors of one storage; a row of a stacked tensor is such a view
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size() else tensor
+
+
+def _nest(structure: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(structure, dict):
+        return structure
+    ((kind, body),) = structure.items()
+    if kind == "#":
+        return tensors[body]
+    if kind == "d":
+        return {key: _nest(item, tensors) for key, item in body}
+    items = [_nest(item, tensors) for item in body]
+    return items if kind == "l" else tuple(items)
