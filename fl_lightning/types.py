@@ -39,7 +39,8 @@ class Work:
     Args:
         epochs: passes over the client's data; ``None`` when ``steps`` counts.
         steps: optimizer steps; ``None`` when ``epochs`` counts.
-        lr_factor: factor on the client's own learning rates (``client_lr_schedule`` and ``client_overrides``).
+        lr_factor: factor on the client's own learning rates (``client_lr_schedule``).
+        lr: replaces the client's own learning rate before the factor (``client_overrides``); ``None`` keeps it.
         batch_size: replaces the batch size of the client's loader; ``None`` keeps it.
         deadline: seconds on the fleet's clock after which the client's report is late; ``None`` waits for ever.
         step_offset: steps that the client took in earlier rounds, where its curve goes on.
@@ -48,6 +49,7 @@ class Work:
     epochs: int | None = 1
     steps: int | None = None
     lr_factor: float = 1.0
+    lr: float | None = None
     batch_size: int | None = None
     deadline: float | None = None
     step_offset: int = 0
@@ -65,6 +67,7 @@ class Phase:
         start: "broadcast" starts from what the server sent, "personal" from the client's own model in its memory,
             "previous" from where the phase before ended.
         report: whether this phase's update, steps and metrics are the ones that are reported.
+        keep: name under which the parameters after this phase go to ``update.extra``; ``None`` keeps nothing.
     """
 
     name: str = "train"
@@ -73,6 +76,7 @@ class Phase:
     callbacks: Literal["algorithm", "none"] = "algorithm"
     start: Literal["broadcast", "personal", "previous"] = "broadcast"
     report: bool = True
+    keep: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

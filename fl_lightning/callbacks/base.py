@@ -1,0 +1,83 @@
+"""Client callbacks that know their task, and gradient corrections with a pure core.
+
+Both are ordinary Lightning callbacks: they also run in a plain ``lightning.Trainer``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fl_lightning.types import ClientTask, Memory, Tree
+
+__all__ = ["ClientCallback", "GradientCorrection"]
+
+
+class ClientCallback(Callback):
+    """A callback of local training that may read the task and the client's memory, and report to the algorithm.
+
+    A loop calls :meth:`begin` before local training and :meth:`report` after it. In a plain Trainer neither is
+    called: the callback then stands on its own.
+    """
+
+    def begin(self, task: ClientTask, memory: Memory) -> None:
+        """Take what this round needs from the task and from the client's memory."""
+
+    def report(self) -> dict[str, Any]:
+        """Return what the algorithm's ``contribute`` finds in ``update.extra``: tensors and primitives."""
+        return {}
+
+
+class GradientCorrection(ClientCallback):
+    """Changes the gradients of an optimizer step, by a pure function.
+
+    Lightning calls the correction in ``on_before_optimizer_step``, for the parameters of that optimizer; the lean
+    loop calls :meth:`correct` directly, for one client or for a group under ``torch.func.vmap``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.task: ClientTask | None = None
+        self.num_corrections = 0
+
+    def begin(self, task: ClientTask, memory: Memory) -> None:
+        self.task = task
+
+    def correct(self, grads: Tree, params: Tree, task: ClientTask) -> dict[str, Tensor]:
+        """Return the corrected gradients.
+
+        Args:
+            grads: gradient by parameter name.
+            params: parameter by name, before the step.
+            task: the task, with the broadcast model in ``task.broadcast["model"]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define correct(grads, params, task).")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.task is None:
+            # a plain Trainer: what it starts from stands for the global model
+            start = {n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
+            self.begin(ClientTask("plain", 0, 0, {"model": start}, seed=0), {})
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self.task is None:
+            raise MisconfigurationException(f"{type(self).__name__} was not begun; call trainer.fit to run it.")
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        params = {n: p for n, p in pl_module.named_parameters() if id(p) in mine and p.grad is not None}
+        if not params:
+            return
+        with torch.no_grad():
+            grads = {name: p.grad for name, p in params.items() if p.grad is not None}
+            corrected = self.correct(grads, {name: p.detach() for name, p in params.items()}, self.task)
+            for name, p in params.items():
+                if p.grad is not None and corrected[name] is not p.grad:
+                    p.grad.copy_(corrected[name])
+        self.num_corrections += 1

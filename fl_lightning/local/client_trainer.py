@@ -1,0 +1,148 @@
+"""The ``lightning.Trainer`` of a client, made once per process and used for every client in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loops import _TrainingEpochLoop
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState, TrainerStatus
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["ClientTrainer"]
+
+
+class _ClientStrategy(SingleDeviceStrategy):
+    """One device, no process group; the client's start is loaded between ``setup`` and the optimizers."""
+
+    before_setup: Callable[[nn.Module], None] | None = None
+    after_optimizers: Callable[[list[Optimizer], list[Any]], None] | None = None
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        if self.before_setup is not None and self.model is not None:
+            self.before_setup(self.model)
+        super().setup(trainer)
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        if self.after_optimizers is not None:
+            self.after_optimizers(self.optimizers, self.lr_scheduler_configs)
+
+
+class _ClientCallbacks(_CallbackConnector):
+    """Adds the module's own callbacks, except what belongs to the server."""
+
+    def _attach_model_callbacks(self) -> None:
+        given = {id(callback) for callback in self.trainer.callbacks}
+        super()._attach_model_callbacks()
+        kept = []
+        for callback in self.trainer.callbacks:
+            if id(callback) not in given:
+                if isinstance(callback, Checkpoint):
+                    continue  # checkpoints are of the global model
+                if isinstance(callback, EarlyStopping) and not self.trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined():
+                    callback.strict = False  # what it monitors may exist on the server only
+            kept.append(callback)
+        self.trainer.callbacks = kept
+
+
+class ClientTrainer(pl.Trainer):
+    """A ``lightning.Trainer`` for one client after the other.
+
+    Args:
+        device: the device of this process.
+        **arguments: Lightning's Trainer arguments that describe local training.
+    """
+
+    def __init__(self, device: torch.device, **arguments: Any) -> None:
+        super().__init__(
+            accelerator=_accelerator(device),
+            devices=1 if device.index is None else [device.index],
+            strategy=_ClientStrategy(device),
+            logger=False,
+            callbacks=[],
+            max_epochs=1,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_autolog_hparams=False,
+            num_sanity_val_steps=0,
+            **arguments,
+        )
+        self._callback_connector = _ClientCallbacks(self)
+        self._accumulate = self.accumulate_grad_batches
+        self._log_every = self.log_every_n_steps
+        # the federation's own signal handlers stay in place while a client trains
+        self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self._signal_connector.teardown = lambda: None  # type: ignore[method-assign]
+
+    @property
+    def client_strategy(self) -> _ClientStrategy:
+        strategy = self.strategy
+        assert isinstance(strategy, _ClientStrategy)
+        return strategy
+
+    def renew(
+        self, epochs: int | None, steps: int | None, callbacks: Sequence[Callback], logger: Logger | None, log_offset: int
+    ) -> None:
+        """Forget the client before: new loops, callbacks and counters.
+
+        Args:
+            epochs: local epochs, or ``None`` when ``steps`` counts.
+            steps: local optimizer steps, or ``None``.
+            callbacks: this client's own copies.
+            logger: where ``self.log`` goes, or ``None``.
+            log_offset: steps of earlier rounds, so that a client's curve goes on where it ended.
+        """
+        self.fit_loop = _FitLoop(self, max_epochs=-1 if epochs is None else epochs)
+        self.fit_loop.epoch_loop = _TrainingEpochLoop(self, max_steps=-1 if steps is None else steps)
+        self.fit_loop.epoch_loop._batches_that_stepped = log_offset
+        self.state = TrainerState()
+        self.should_stop = False
+        self.accumulate_grad_batches = self._accumulate
+        self.log_every_n_steps = self._log_every
+        self.callbacks = self._callback_connector._reorder_callbacks(list(callbacks))
+        self.loggers = [] if logger is None else [logger]
+        self._logger_connector.reset_metrics()
+        self.strategy.optimizers = []
+        self.strategy.lr_scheduler_configs = []
+
+    def fit_client(self, module: pl.LightningModule, **data: Any) -> None:
+        """Run Lightning's fit; errors come out as they are (a Ctrl-C stays a ``KeyboardInterrupt``)."""
+        self.strategy._lightning_module = module
+        self.state.fn = TrainerFn.FITTING
+        self.state.status = TrainerStatus.RUNNING
+        self.training = True
+        self._guarded(self._fit_impl, module, **data)
+
+    def validate_client(self, module: pl.LightningModule, dataloaders: Any) -> None:
+        """Run Lightning's validate without printing."""
+        self.strategy._lightning_module = module
+        self.state.fn = TrainerFn.VALIDATING
+        self.state.status = TrainerStatus.RUNNING
+        self.validating = True
+        self._guarded(self._validate_impl, module, dataloaders, None, False, None)
+
+    def _guarded(self, run: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+        try:
+            run(*arguments, **named)
+        except BaseException as error:
+            # Lightning's own wrapper would turn Ctrl-C into an exit of the whole program
+            call._interrupt(self, error)
+            self._teardown()
+            self.state.stage = None
+            raise
+
+
+def _accelerator(device: torch.device) -> str:
+    return {"cuda": "gpu"}.get(device.type, device.type)

@@ -1,0 +1,322 @@
+"""Local training by a real ``lightning.Trainer``: any module runs, and every other loop is measured against it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch.optim import Optimizer
+
+from fl_lightning.algorithms.base import Algorithm
+from fl_lightning.callbacks.base import ClientCallback, GradientCorrection
+from fl_lightning.errors import EmptyClientError, MisconfigurationException
+from fl_lightning.local.client_state import load_optimizers, save_optimizers, scale_learning_rates
+from fl_lightning.local.client_trainer import ClientTrainer
+from fl_lightning.local.quiet import as_rank_zero, quiet
+from fl_lightning.local.recorder import ClientLogger, Record
+from fl_lightning.local.settings import LocalSettings
+from fl_lightning.local.worker import Worker, load_tensors, moved, read_tensors
+from fl_lightning.metrics import MetricSums, StepSums, alone, capture
+from fl_lightning.seeding import forked_rng, seed_for
+from fl_lightning.types import ClientTask, ClientUpdate, Memory, Phase, Tree
+
+__all__ = ["ClientData", "LightningLoop"]
+
+
+@dataclass(slots=True)
+class ClientData:
+    """What one client brings: its loaders, or a data module of its own.
+
+    Args:
+        train: anything Lightning accepts as a train loader, or ``None`` when ``datamodule`` is given.
+        val: a loader for local validation, or ``None``.
+        datamodule: a ``LightningDataModule`` of this client.
+        num_examples: size of the training data; ``None`` counts the examples of the first epoch.
+    """
+
+    train: Any = None
+    val: Any = None
+    datamodule: Any = None
+    num_examples: int | None = None
+
+    @property
+    def validates(self) -> bool:
+        return self.val is not None or self.datamodule is not None
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Return the arguments of ``Trainer.fit``."""
+        if self.datamodule is not None:
+            return {"datamodule": self.datamodule}
+        return {"train_dataloaders": self.train, "val_dataloaders": self.val}
+
+
+class _Observer(Checkpoint):
+    """Counts steps and examples and takes the metrics of the last epoch.
+
+    It is a ``Checkpoint`` because Lightning runs those last: after the module's own ``on_train_epoch_end``, before the
+    results are reset.
+    """
+
+    def __init__(self, num_examples: int | None, log_every_n_steps: int) -> None:
+        self.num_steps = 0
+        self.num_batches = 0
+        self.num_examples = num_examples or 0
+        self.metrics: MetricSums | None = None
+        self._count_examples = num_examples is None
+        self._step_sums = StepSums()
+        self._handles: list[Any] = []
+        self._log_every = log_every_n_steps
+        self._logged_a_point = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        def stepped(*_: Any) -> None:
+            self.num_steps += 1
+
+        # a post hook runs for the steps that happened: a GradScaler skips the optimizer when a gradient overflowed
+        self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in _plain(trainer.optimizers)]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self.num_batches += 1
+        loop = trainer.fit_loop.epoch_loop
+        if (loop._batches_that_stepped + 1) % self._log_every == 0:
+            self._logged_a_point = True
+        elif loop.batch_progress.is_last_batch and not self._logged_a_point:
+            trainer.log_every_n_steps = 1  # every round leaves at least one point on the client's curve
+        if self._count_examples and trainer.current_epoch == 0:
+            self.num_examples += extract_batch_size(batch)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._step_sums.observe(trainer.fit_loop.epoch_loop._results)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.metrics = capture(trainer.fit_loop.epoch_loop._results, self._step_sums, self.num_examples)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class LightningLoop:
+    """Runs clients one after the other, each in a real ``lightning.Trainer``.
+
+    Args:
+        module: the user's module; the loop trains in a copy of it.
+        algorithm: gives the client callbacks and the phases.
+        settings: how clients train.
+    """
+
+    def __init__(self, module: pl.LightningModule, algorithm: Algorithm, settings: LocalSettings) -> None:
+        self.algorithm = algorithm
+        self.settings = settings
+        self.worker = Worker(module, settings.device)
+        with quiet(), as_rank_zero():
+            self.trainer = ClientTrainer(settings.device, **settings.trainer_arguments)
+
+    def train(
+        self, task: ClientTask, data: ClientData, memory: Memory, logged: bool
+    ) -> tuple[ClientUpdate, list[Record]]:
+        """Run one client.
+
+        Args:
+            task: what to do, with the broadcast.
+            data: the client's loaders.
+            memory: what the client kept from its last round.
+            logged: whether the client's curve is kept.
+
+        Returns:
+            The update, and the records of the client's curve.
+
+        Raises:
+            EmptyClientError: when the client's loader gave no batch.
+        """
+        logger = ClientLogger(self.settings.save_dir) if logged else None
+        with ExitStack() as stack:
+            for context in (forked_rng(task.seed), quiet(), as_rank_zero(), alone()):
+                stack.enter_context(context)
+            run = _Run(self, task, data, memory, logger)
+            update = run.phases()
+        return update, logger.take() if logger is not None else []
+
+    def validate(self, task: ClientTask, dataloaders: Any, memory: Memory, num_examples: int) -> MetricSums:
+        """Evaluate the broadcast model on a client's own data and return the mergeable sums."""
+        with forked_rng(task.seed), quiet(), as_rank_zero(), alone():
+            self.worker.restore()
+            observer = _EvaluationObserver(num_examples)
+            self.trainer.renew(1, None, [observer], None, 0)
+            self.trainer.client_strategy.before_setup = lambda module: load_tensors(
+                module, _starting_trees(self.settings, task, memory)
+            )
+            self.trainer.client_strategy.after_optimizers = None
+            self.trainer.validate_client(self.worker.module, dataloaders)
+        return observer.metrics if observer.metrics is not None else MetricSums()
+
+
+class _EvaluationObserver(Checkpoint):
+    def __init__(self, num_examples: int) -> None:
+        self.num_examples = num_examples
+        self.metrics: MetricSums | None = None
+        self._seen = 0
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if not self.num_examples:
+            self._seen += extract_batch_size(batch)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pass
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.metrics = capture(trainer.validate_loop._results, StepSums(), self.num_examples or self._seen)
+
+
+@dataclass(slots=True)
+class _Run:
+    """One client's round in the making."""
+
+    loop: LightningLoop
+    task: ClientTask
+    data: ClientData
+    memory: Memory
+    logger: ClientLogger | None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def phases(self) -> ClientUpdate:
+        phases = self.loop.algorithm.phases(self.task)
+        if sum(phase.report for phase in phases) != 1:
+            raise MisconfigurationException(
+                f"Expected exactly one reporting phase from {type(self.loop.algorithm).__name__}.phases, got "
+                f"{[phase.name for phase in phases if phase.report]}. Set Phase(report=False) on the others."
+            )
+        update: ClientUpdate | None = None
+        previous: Tree | None = None
+        for position, phase in enumerate(phases):
+            if position:
+                torch.manual_seed(seed_for(self.task.seed, self.task.round, self.task.client_id, phase.name))
+            done, previous = self._phase(phase, previous)
+            if phase.report:
+                update = done
+        assert update is not None
+        update.extra.update(self.extra)
+        return update
+
+    def _phase(self, phase: Phase, previous: Tree | None) -> tuple[ClientUpdate, Tree]:
+        loop, task, settings = self.loop, self.task, self.loop.settings
+        start = self._start(phase, previous)
+        callbacks = self._callbacks(phase)
+        observer = _Observer(self.data.num_examples, loop.trainer._log_every)
+        loop.worker.restore()
+        module = loop.worker.module
+        epochs, steps = task.work.epochs, task.work.steps
+        if phase.epochs is not None:
+            epochs, steps = phase.epochs, None
+        loop.trainer.renew(epochs, steps, [*callbacks, observer], self.logger if phase.report else None, task.work.step_offset)
+        strategy = loop.trainer.client_strategy
+        strategy.before_setup = lambda model: self._load(model, start, phase)
+        strategy.after_optimizers = lambda optimizers, configs: self._optimizers(optimizers, configs, phase)
+        loop.trainer.fit_client(module, **self.data.as_arguments())
+        if observer.num_batches == 0:
+            raise EmptyClientError(
+                task.client_id, task.round, "it has no batch to train on (an empty loader, or fewer examples than one "
+                "batch with drop_last=True)"
+            )
+        self._check_corrections(callbacks, observer)
+        update = self._update(module, observer, callbacks, phase)
+        now = read_tensors(module, settings.parameter_names) if (phase.keep or not phase.report) else {}
+        if phase.keep:
+            self.extra[phase.keep] = now
+        return update, now
+
+    def _start(self, phase: Phase, previous: Tree | None) -> list[Tree]:
+        trees = _starting_trees(self.loop.settings, self.task, self.memory)
+        if phase.start == "previous" and previous is not None:
+            trees.append(previous)
+        if phase.start == "personal" and "personal" in self.memory:
+            trees.append(self.memory["personal"])
+        return trees
+
+    def _callbacks(self, phase: Phase) -> list[Callback]:
+        mine = list(self.loop.settings.callbacks)
+        if phase.callbacks == "algorithm":
+            mine += self.loop.algorithm.client_callbacks()
+        copies = [copy.deepcopy(callback) for callback in mine]
+        for callback in copies:
+            if isinstance(callback, ClientCallback):
+                callback.begin(self.task, self.memory)
+        return copies
+
+    def _load(self, module: torch.nn.Module, trees: Sequence[Tree], phase: Phase) -> None:
+        load_tensors(module, trees)
+        if phase.trainable is not None:
+            for name, parameter in module.named_parameters():
+                if not any(fnmatch(name, pattern) for pattern in phase.trainable):
+                    parameter.requires_grad_(False)
+
+    def _optimizers(self, optimizers: list[Optimizer], configs: list[Any], phase: Phase) -> None:
+        work = self.task.work
+        if not self.data.validates:
+            for config in configs:
+                config.strict = False  # what ReduceLROnPlateau monitors may exist on the server only
+        scale_learning_rates(optimizers, configs, work.lr_factor, work.lr)
+        if self.loop.settings.client_state == "keep" and phase.report:
+            load_optimizers(optimizers, configs, self.memory.get("optimizers"), work.lr_factor)
+
+    def _check_corrections(self, callbacks: Iterable[Callback], observer: _Observer) -> None:
+        for callback in callbacks:
+            if isinstance(callback, GradientCorrection) and observer.num_steps and not callback.num_corrections:
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} corrected no gradient in {observer.num_steps} optimizer steps of client "
+                    f"{self.task.client_id!r}. With manual optimization, step with self.optimizers() so that Lightning "
+                    "calls on_before_optimizer_step."
+                )
+
+    def _update(
+        self, module: pl.LightningModule, observer: _Observer, callbacks: Iterable[Callback], phase: Phase
+    ) -> ClientUpdate:
+        loop, task, settings = self.loop, self.task, self.loop.settings
+        memory: Memory = {}
+        if settings.local_names:
+            memory["local"] = read_tensors(module, settings.local_names)
+        if settings.client_state == "keep" and phase.report:
+            memory["optimizers"] = save_optimizers(
+                _plain(loop.trainer.optimizers), loop.trainer.lr_scheduler_configs, task.work.lr_factor
+            )
+        extra: dict[str, Any] = {}
+        for callback in callbacks:
+            if isinstance(callback, ClientCallback):
+                extra.update(callback.report())
+        model = task.broadcast["model"]
+        return ClientUpdate(
+            task.client_id,
+            delta=moved(module, {name: model[name] for name in settings.parameter_names}),
+            buffers=read_tensors(module, settings.buffer_names),
+            num_examples=observer.num_examples,
+            num_steps=observer.num_steps,
+            a_norm=extra.pop("a_norm", None),
+            status="partial" if extra.pop("partial", False) else "complete",
+            metrics=observer.metrics,
+            extra=extra,
+            memory=memory,
+        )
+
+
+def _starting_trees(settings: LocalSettings, task: ClientTask, memory: Memory) -> list[Tree]:
+    trees: list[Tree] = [settings.static, task.broadcast["model"], task.broadcast.get("buffers", {})]
+    if "local" in memory:
+        trees.append(memory["local"])
+    return trees
+
+
+def _plain(optimizers: Iterable[Any]) -> list[Optimizer]:
+    return [getattr(optimizer, "_optimizer", optimizer) for optimizer in optimizers]

@@ -1,0 +1,45 @@
+"""What the client half needs to know beside the task: plain values, fixed for the whole federation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback
+
+from fl_lightning.types import Tree
+
+__all__ = ["LocalSettings"]
+
+
+@dataclass(slots=True)
+class LocalSettings:
+    """How clients train, whichever loop runs them.
+
+    Args:
+        trainer_arguments: Lightning's Trainer arguments that describe local training.
+        callbacks: the user's client callbacks; copied per client.
+        client_state: "reset" starts optimizers anew each round, "keep" goes on where the client's last round ended.
+        local_loop: which loop runs a client.
+        group_size: clients trained at once by vmap in the lean loop.
+        parameter_names: trainable parameters that travel.
+        buffer_names: buffers that travel.
+        local_names: parameters and buffers that stay with their client.
+        static: values that neither travel nor change: frozen parameters and the server's other buffers.
+        device: where this process trains.
+        save_dir: the federation's log folder.
+    """
+
+    trainer_arguments: Mapping[str, Any] = field(default_factory=dict)
+    callbacks: Sequence[Callback] = ()
+    client_state: Literal["reset", "keep"] = "reset"
+    local_loop: Literal["auto", "lightning", "lean"] = "auto"
+    group_size: int | Literal["auto"] = "auto"
+    parameter_names: Sequence[str] = ()
+    buffer_names: Sequence[str] = ()
+    local_names: Sequence[str] = ()
+    static: Tree = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    save_dir: str | None = None
