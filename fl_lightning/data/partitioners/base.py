@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from fl_lightning.data.partition import Partition
 from fl_lightning.data.targets import find_targets, num_examples
 from fl_lightning.errors import MisconfigurationException
 from fl_lightning.seeding import seed_for
+from fl_lightning.types import ClientId
 
 __all__ = ["Partitioner", "apportion", "require_positive", "top_up"]
 
@@ -42,6 +43,11 @@ class Partitioner(ABC):
         self.seed = seed
         self.target_fn = target_fn
         self.min_size = min_size
+
+    @property
+    def client_ids(self) -> Sequence[ClientId] | None:
+        """The ids of the clients, or ``None`` when the data name them."""
+        return range(self.num_clients)
 
     @abstractmethod
     def owners(self, num_examples: int, targets: NDArray[Any] | None, repair: bool) -> NDArray[np.int64]:

@@ -54,6 +54,10 @@ class Natural(Partitioner):
             )
         self.key = key
 
+    @property
+    def client_ids(self) -> None:
+        return None
+
     def owners(self, num_examples: int, targets: NDArray[Any] | None, repair: bool) -> NDArray[np.int64]:
         raise NotImplementedError("Natural reads its clients from the data set: call split(dataset).")
 
