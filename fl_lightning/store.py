@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -99,6 +100,16 @@ class ClientStore:
                     f"{str(self.folder)!r}, which is not there. Keep the run's folder together with its checkpoints."
                 )
         self._index = dict(index)
+
+    def adopt(self, other: ClientStore, index: Mapping[ClientId, int]) -> None:
+        """Copy the versions of an index from another store, for a run that goes on in a new folder."""
+        for client_id, version in index.items():
+            source, target = other._path(client_id, version), self._path(client_id, version)
+            if source.is_file() and not target.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                partial = target.with_suffix(f".{os.getpid()}")
+                shutil.copyfile(source, partial)
+                os.replace(partial, target)
 
     def _remember(self, client_id: ClientId, version: int, data: bytes) -> None:
         old = self._cache.pop((client_id, version), b"")

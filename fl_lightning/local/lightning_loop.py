@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -21,6 +21,7 @@ from fl_lightning.callbacks.base import ClientCallback, GradientCorrection
 from fl_lightning.errors import EmptyClientError, MisconfigurationException
 from fl_lightning.local.client_state import load_optimizers, save_optimizers, scale_learning_rates
 from fl_lightning.local.client_trainer import ClientTrainer
+from fl_lightning.local.job import ClientData, Job, Outcome
 from fl_lightning.local.quiet import as_rank_zero, quiet
 from fl_lightning.local.recorder import ClientLogger, Record
 from fl_lightning.local.settings import LocalSettings
@@ -29,34 +30,7 @@ from fl_lightning.metrics import MetricSums, StepSums, alone, capture
 from fl_lightning.seeding import forked_rng, seed_for
 from fl_lightning.types import ClientTask, ClientUpdate, Memory, Phase, Tree
 
-__all__ = ["ClientData", "LightningLoop"]
-
-
-@dataclass(slots=True)
-class ClientData:
-    """What one client brings: its loaders, or a data module of its own.
-
-    Args:
-        train: anything Lightning accepts as a train loader, or ``None`` when ``datamodule`` is given.
-        val: a loader for local validation, or ``None``.
-        datamodule: a ``LightningDataModule`` of this client.
-        num_examples: size of the training data; ``None`` counts the examples of the first epoch.
-    """
-
-    train: Any = None
-    val: Any = None
-    datamodule: Any = None
-    num_examples: int | None = None
-
-    @property
-    def validates(self) -> bool:
-        return self.val is not None or self.datamodule is not None
-
-    def as_arguments(self) -> dict[str, Any]:
-        """Return the arguments of ``Trainer.fit``."""
-        if self.datamodule is not None:
-            return {"datamodule": self.datamodule}
-        return {"train_dataloaders": self.train, "val_dataloaders": self.val}
+__all__ = ["LightningLoop"]
 
 
 class _Observer(Checkpoint):
@@ -111,7 +85,7 @@ class LightningLoop:
     """Runs clients one after the other, each in a real ``lightning.Trainer``.
 
     Args:
-        module: the user's module; the loop trains in a copy of it.
+        module: a copy of the user's module, which is the loop's from now on.
         algorithm: gives the client callbacks and the phases.
         settings: how clients train.
     """
@@ -122,6 +96,16 @@ class LightningLoop:
         self.worker = Worker(module, settings.device)
         with quiet(), as_rank_zero():
             self.trainer = ClientTrainer(settings.device, **settings.trainer_arguments)
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+        """Run clients one after the other; a client that fails is an outcome, not an end."""
+        for job in jobs:
+            try:
+                update, records = self.train(job.task, job.data(), job.memory(), job.logged)
+            except Exception as error:  # a user's module may raise anything
+                yield Outcome(job, error=error)
+            else:
+                yield Outcome(job, update, records)
 
     def train(
         self, task: ClientTask, data: ClientData, memory: Memory, logged: bool
@@ -148,11 +132,11 @@ class LightningLoop:
             update = run.phases()
         return update, logger.take() if logger is not None else []
 
-    def validate(self, task: ClientTask, dataloaders: Any, memory: Memory, num_examples: int) -> MetricSums:
+    def validate(self, task: ClientTask, dataloaders: Any, memory: Memory) -> MetricSums:
         """Evaluate the broadcast model on a client's own data and return the mergeable sums."""
         with forked_rng(task.seed), quiet(), as_rank_zero(), alone():
             self.worker.restore()
-            observer = _EvaluationObserver(num_examples)
+            observer = _EvaluationObserver()
             self.trainer.renew(1, None, [observer], None, 0)
             self.trainer.client_strategy.before_setup = lambda module: load_tensors(
                 module, _starting_trees(self.settings, task, memory)
@@ -163,22 +147,17 @@ class LightningLoop:
 
 
 class _EvaluationObserver(Checkpoint):
-    def __init__(self, num_examples: int) -> None:
-        self.num_examples = num_examples
+    def __init__(self) -> None:
         self.metrics: MetricSums | None = None
         self._seen = 0
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if not self.num_examples:
-            self._seen += extract_batch_size(batch)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pass
+        self._seen += extract_batch_size(batch)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.metrics = capture(trainer.validate_loop._results, StepSums(), self.num_examples or self._seen)
+        self.metrics = capture(trainer.validate_loop._results, StepSums(), self._seen)
 
 
 @dataclass(slots=True)

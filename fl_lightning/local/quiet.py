@@ -7,10 +7,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-__all__ = ["as_rank_zero", "quiet"]
+__all__ = ["as_rank_zero", "quiet", "without_hints"]
 
 _CHATTER = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 # hints about one fit (workers, logging interval, an empty loader) that would repeat for every client
@@ -25,22 +24,32 @@ _HINTS = (
     r".*You defined a `validation_step` but have no `val_dataloader`.*",
     r".*Trying to infer the `batch_size` from an ambiguous collection.*",
     r".*The total number of parameters detected may be inaccurate.*",
+    r".*treespec, LeafSpec.*",
+    r".*It is recommended to use `self.log.*sync_dist=True.*",
 )
 
 
 @contextmanager
+def without_hints() -> Iterator[None]:
+    """Ignore hints about a single fit, for the whole federation.
+
+    Entered once and not per client: every entry makes Python forget which warnings it has shown already.
+    """
+    with warnings.catch_warnings():
+        for hint in _HINTS:
+            warnings.filterwarnings("ignore", hint)
+        yield
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what Lightning says about a single fit; warnings of the user's own code still come through."""
+    """Silence what Lightning's loggers say about a single fit; warnings still come through."""
     loggers = [logging.getLogger(name) for name in (*_CHATTER, *(f"{n}.utilities.rank_zero" for n in _CHATTER))]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PossibleUserWarning)
-            for hint in _HINTS:
-                warnings.filterwarnings("ignore", hint)
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fl_lightning.types import Tree
 
-__all__ = ["Worker", "copied_module"]
+__all__ = ["Worker", "copied_module", "load_tensors", "moved", "read_tensors"]
 
 _TENSOR_DICTS = ("_parameters", "_buffers", "_modules")
 _ATOMIC = (int, float, complex, bool, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size)
@@ -38,19 +38,19 @@ def copied_module(module: pl.LightningModule) -> pl.LightningModule:
 
 
 class Worker:
-    """A copy of the user's module that forgets every client.
+    """A module that forgets every client.
 
     :meth:`restore` puts back parameters, buffers, submodules and all other attributes as they were at construction:
     counters, lists, metrics and layers that ``setup`` builds do not leak from one client to the next. The module
     object itself stays the same.
 
     Args:
-        module: the user's module; it is copied.
+        module: a copy of the user's module, which is the worker's from now on.
         device: where clients train.
     """
 
     def __init__(self, module: pl.LightningModule, device: torch.device) -> None:
-        self.module = copied_module(module)
+        self.module = module
         self.module.to(device)
         self._requires_grad = {p: p.requires_grad for p in self.module.parameters()}
         self._values = {p: p.detach().clone() for p in self._requires_grad if not p.requires_grad}

@@ -1,0 +1,371 @@
+"""One federation at work: what a round is, from the cohort to the pseudo-gradient."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from fl_lightning.aggregation import PartialSum, TreeSum, gather_objects, reduce_over_processes
+from fl_lightning.algorithms.base import Algorithm, State
+from fl_lightning.data import ClientPopulation
+from fl_lightning.engines import Engine
+from fl_lightning.errors import BadUpdateError, ClientError, EmptyClientError, MisconfigurationException
+from fl_lightning.local.client import ClientHalf, ClientResult, Failure
+from fl_lightning.local.recorder import Record
+from fl_lightning.local.settings import LocalSettings
+from fl_lightning.metrics import MetricSums
+from fl_lightning.schedules import Sampler, assign_lanes, cohort_size, lanes_of_rank, require_enough
+from fl_lightning.schedules.lanes import sort_key
+from fl_lightning.seeding import seed_everywhere, seed_for
+from fl_lightning.store import ClientStore
+from fl_lightning.traveling import BatchNormPolicy, Traveling
+from fl_lightning.tree import num_bytes
+from fl_lightning.types import ClientId, ClientTask, RoundReport, Tree, Work
+
+__all__ = ["Federation", "FederationSettings", "RoundOutcome"]
+
+
+@dataclass(slots=True)
+class FederationSettings:
+    """The user's choices, as the arguments of ``FederatedTrainer`` say them."""
+
+    algorithm: Algorithm
+    clients_per_round: int | float | None = None
+    local_epochs: int = 1
+    local_steps: int | None = None
+    min_clients: int = 1
+    on_bad_update: Literal["raise", "skip"] = "raise"
+    client_overrides: Mapping[ClientId, Mapping[str, Any]] = field(default_factory=dict)
+    client_lr_schedule: Callable[[int], float] | None = None
+    batch_norm: BatchNormPolicy = "average"
+    evaluate_clients: bool | int | float = False
+    evaluate_every_n_rounds: int = 1
+    num_lanes: int = 8
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class RoundOutcome:
+    """What a round leaves behind before it is committed."""
+
+    report: RoundReport
+    gradient: Tree
+    state: State
+    buffers: dict[str, Tensor]
+    results: list[ClientResult]
+
+
+class Federation:
+    """The server half of a fit; a round runs the same on every process of the group.
+
+    Args:
+        settings: the user's choices.
+        sampler: who takes part.
+        engine: where clients run.
+        population: the clients.
+        module: the server's module, which is the user's.
+        rank, world_size: of this process.
+        device: of this process.
+    """
+
+    def __init__(
+        self,
+        settings: FederationSettings,
+        sampler: Sampler,
+        engine: Engine,
+        population: ClientPopulation,
+        module: pl.LightningModule,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self.settings = settings
+        self.algorithm = settings.algorithm
+        self.sampler = sampler
+        self.engine = engine
+        self.population = population
+        self.module = module
+        self.device = device
+        self.lanes = lanes_of_rank(rank, world_size, settings.num_lanes)
+        self.traveling = Traveling.of(module, self.algorithm, settings.batch_norm)
+        self.state: State = self.algorithm.init_state(self.model())
+        self.store: ClientStore | None = None
+        self.num_dispatched = 0
+        self.client_steps: dict[ClientId, int] = {}
+        self.interrupted: Callable[[], bool] = lambda: False
+        self.on_client_end: Callable[[ClientId, int, int, int], None] = lambda *_: None
+
+    # ---- what the server holds ---------------------------------------------------------------------------------
+
+    def model(self) -> dict[str, Tensor]:
+        """Return the trainable parameters that travel, by name."""
+        own = dict(self.module.named_parameters())
+        return {name: own[name].detach() for name in self.traveling.parameters}
+
+    def buffers(self) -> dict[str, Tensor]:
+        own = dict(self.module.named_buffers())
+        return {name: own[name].detach() for name in self.traveling.buffers}
+
+    def local_settings(self, template: LocalSettings) -> LocalSettings:
+        """Complete the clients' settings with what travels and what does not."""
+        template.parameter_names = self.traveling.parameters
+        template.buffer_names = self.traveling.buffers
+        template.local_names = self.traveling.local
+        template.static = self.traveling.static(self.module)
+        template.device = self.device
+        return template
+
+    # ---- a round -----------------------------------------------------------------------------------------------
+
+    def cohort(self, round: int, at_most: int | None = None) -> list[ClientId]:
+        """Return who takes part, in an order that does not depend on the population's."""
+        available = len(self.population.client_ids())
+        require_enough(available, self.settings.min_clients, round)
+        size = cohort_size(self.settings.clients_per_round, available)
+        if at_most is not None:
+            size = min(size, at_most)
+        cohort = self.sampler.cohort(self.population, size, self.settings.seed, round)
+        if len(set(cohort)) != len(cohort):
+            twice = next(client_id for client_id in cohort if cohort.count(client_id) > 1)
+            raise MisconfigurationException(
+                f"{type(self.sampler).__name__} chose client {twice!r} twice in round {round}; a cohort has no doubles."
+            )
+        require_enough(len(cohort), self.settings.min_clients, round)
+        return sorted(cohort, key=sort_key)
+
+    def run_round(self, round: int, at_most: int | None = None) -> RoundOutcome:
+        """Let the cohort of a round train and turn what comes back into the server's gradient."""
+        begin = time.perf_counter()
+        cohort = self.cohort(round, at_most)
+        tasks = self._tasks(round, cohort)
+        partial, results = self._run_lanes(tasks)
+        results = self._gather(results, cohort, round)
+        total = reduce_over_processes(partial, self.device)
+        delivered = [result for result in results if result.failure is None]
+        report = RoundReport(round, [result.client_id for result in delivered])
+        report.skipped = {r.client_id: r.failure.reason for r in results if r.failure is not None}
+        report.num_examples = sum(result.num_examples for result in delivered)
+        report.num_steps = sum(result.num_steps for result in delivered)
+        report.num_bytes_up = sum(result.num_bytes_up for result in delivered)
+        report.num_bytes_down = num_bytes(tasks[0].broadcast.values()) * len(cohort)
+        require_enough(len(delivered), self.settings.min_clients, round)
+        gradient, state, buffers = self._finish(total)
+        report.metrics = scalars(total.metrics.compute(self.module))
+        report.seconds = time.perf_counter() - begin
+        return RoundOutcome(report, gradient, state, buffers, results)
+
+    def _tasks(self, round: int, cohort: Sequence[ClientId]) -> list[ClientTask]:
+        broadcast: dict[str, Tree] = {"model": self.model(), "buffers": self.buffers()}
+        broadcast.update(self.algorithm.broadcast(self.state))
+        schedule = self.settings.client_lr_schedule
+        factor = 1.0 if schedule is None else float(schedule(round))
+        first = self.num_dispatched
+        self.num_dispatched += len(cohort)
+        return [
+            ClientTask(
+                client_id,
+                round,
+                first + position,
+                broadcast,
+                seed_for(self.settings.seed, round, client_id, "training"),
+                self._work(client_id, factor),
+            )
+            for position, client_id in enumerate(cohort)
+        ]
+
+    def _work(self, client_id: ClientId, factor: float) -> Work:
+        override = dict(self.settings.client_overrides.get(client_id, {}))
+        steps = override.get("steps", None if "epochs" in override else self.settings.local_steps)
+        epochs = None if steps is not None else override.get("epochs", self.settings.local_epochs)
+        return Work(
+            epochs,
+            steps,
+            factor,
+            override.get("lr"),
+            override.get("batch_size"),
+            step_offset=self.client_steps.get(client_id, 0),
+        )
+
+    def _run_lanes(self, tasks: Sequence[ClientTask]) -> tuple[PartialSum, list[ClientResult]]:
+        sizes = [self._estimated_work(task) for task in tasks]
+        lanes = assign_lanes([task.client_id for task in tasks], sizes, self.settings.num_lanes)
+        merged, results = TreeSum(), []
+        mine = sum(len(lanes[lane]) for lane in self.lanes)
+        for lane in self.lanes:
+            partial = PartialSum()
+            if not self._stop(results):
+                for result in self.engine.session([tasks[position] for position in lanes[lane]]):
+                    results.append(result)
+                    if result.failure is None and result.contribution is not None:
+                        partial.add(result.contribution, result.metrics)
+                    result.contribution = result.metrics = None  # only the sum stays
+                    self.on_client_end(result.client_id, len(results), mine, result.num_examples)
+                    if self._stop(results):
+                        break
+            merged.push(partial)
+        return merged.total(), results
+
+    def _stop(self, results: Sequence[ClientResult]) -> bool:
+        if self.interrupted():
+            raise SIGTERMException
+        return self.settings.on_bad_update == "raise" and bool(results) and results[-1].failure is not None
+
+    def _estimated_work(self, task: ClientTask) -> float:
+        size = None
+        if callable(getattr(self.population.source, "client_size", None)):
+            size = self.population.client_size(task.client_id)
+        if task.work.steps is not None:
+            return float(task.work.steps)
+        return float((size or 1) * (task.work.epochs or 1))
+
+    def _gather(self, results: list[ClientResult], cohort: Sequence[ClientId], round: int) -> list[ClientResult]:
+        everyone = gather_objects([_portable(result) for result in results])
+        by_id = {result.client_id: result for some in everyone for result in some}
+        # this process's own results still hold the exception with its traceback
+        by_id.update({result.client_id: result for result in results})
+        ordered = [by_id[client_id] for client_id in cohort if client_id in by_id]
+        if self.settings.on_bad_update == "raise":
+            for result in ordered:
+                if result.failure is not None:
+                    raise_failure(result.client_id, round, result.failure)
+        for result in ordered:
+            if result.failure is not None:
+                rank_zero_warn(
+                    f"Client {result.client_id!r} is skipped in round {round}: {result.failure.reason}\n"
+                    f"{result.failure.details}"
+                )
+        return ordered
+
+    def _finish(self, total: PartialSum) -> tuple[Tree, State, dict[str, Tensor]]:
+        buffers: dict[str, Tensor] = {}
+        summed = total.trees.pop("buffers", {})
+        weight = total.scalars.pop("buffers", 0.0)
+        if summed and weight > 0:
+            now = self.buffers()
+            for name, value in summed.items():
+                mean = value / weight
+                buffers[name] = mean if now[name].is_floating_point() else mean.round().to(now[name].dtype)
+        num_clients = len(self.population.client_ids())
+        gradient, state = self.algorithm.apply(total.as_contribution(), self.state, num_clients)
+        return gradient, state, buffers
+
+    # ---- after a round -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def accept(self, outcome: RoundOutcome) -> None:
+        """Make a round's state the federation's; the weights have been stepped by the server's optimizer."""
+        self.state = outcome.state
+        own = dict(self.module.named_buffers())
+        for name, value in outcome.buffers.items():
+            own[name].copy_(value)
+        if self.store is not None:
+            self.store.commit([r.client_id for r in outcome.results if r.has_memory], outcome.report.round)
+
+    def count_steps(self, results: Iterable[ClientResult], logged: Callable[[ClientId], bool]) -> dict[ClientId, list[Record]]:
+        """Advance the logged clients' step counts and return their new records."""
+        curves: dict[ClientId, list[Record]] = {}
+        for result in results:
+            if result.failure is None and logged(result.client_id):
+                self.client_steps[result.client_id] = self.client_steps.get(result.client_id, 0) + result.num_steps
+                curves[result.client_id] = result.records
+        return curves
+
+    def seed_server(self, round: int) -> None:
+        """Seed what the server itself draws in a round, evaluation included: a resume then draws the same."""
+        seed_everywhere(seed_for(self.settings.seed, round, None, "server"))
+
+    # ---- evaluation on clients ---------------------------------------------------------------------------------
+
+    def evaluate(self, round: int, at_most: int | None = None) -> tuple[dict[str, float], dict[str, dict[ClientId, float]]]:
+        """Evaluate the global model on clients' own validation data.
+
+        Returns:
+            The exact value over all examples of all evaluated clients by metric name, and each client's own value.
+        """
+        ids = self.population.client_ids()
+        size = cohort_size(_as_cohort(self.settings.evaluate_clients), len(ids))
+        if at_most is not None:
+            size = min(size, at_most)
+        seed = seed_for(self.settings.seed, -1 if size == len(ids) else round, None, "evaluation")
+        cohort = sorted(self.sampler_for_evaluation(size, seed, round), key=sort_key)
+        broadcast = {"model": self.model(), "buffers": self.buffers()}
+        tasks = [
+            ClientTask(c, round, -1, broadcast, seed_for(self.settings.seed, round, c, "evaluation")) for c in cohort
+        ]
+        lanes = assign_lanes(cohort, [1.0] * len(cohort), self.settings.num_lanes)
+        merged, own = TreeSum(), {}
+        for lane in self.lanes:
+            partial = PartialSum()
+            for client_id, sums in self.engine.evaluate(tasks[position] for position in lanes[lane]):
+                if isinstance(sums, Failure):
+                    raise_failure(client_id, round, sums)
+                if sums is not None:
+                    own[client_id] = scalars(sums.compute(self.module))
+                    partial.metrics = partial.metrics.merge(sums)
+                    partial.num_clients += 1
+            merged.push(partial)
+        total = reduce_over_processes(merged.total(), self.device)
+        if not total.num_clients:
+            raise MisconfigurationException(
+                "evaluate_clients needs validation data, but no evaluated client has any. Give the data module "
+                "client_val_dataloader(id), use FederatedDataModule(..., client_val_fraction=0.1), or a val_dataloader."
+            )
+        values: dict[str, dict[ClientId, float]] = {}
+        everyone = {client_id: named for some in gather_objects(own) for client_id, named in some.items()}
+        for client_id in cohort:
+            for name, value in everyone.get(client_id, {}).items():
+                values.setdefault(name, {})[client_id] = value
+        return scalars(total.metrics.compute(self.module)), values
+
+    def sampler_for_evaluation(self, size: int, seed: int, round: int) -> list[ClientId]:
+        from fl_lightning.schedules import UniformSampler
+
+        return UniformSampler().cohort(self.population, size, seed, round)
+
+
+def scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the values that are single numbers, as floats."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                continue
+            value = value.item()
+        found[name] = float(value)
+    return found
+
+
+def raise_failure(client_id: ClientId, round: int, failure: Failure) -> None:
+    """Raise what stopped a client, named, with its own error as the cause."""
+    cause = failure.exception
+    if isinstance(cause, MisconfigurationException):
+        raise cause
+    if isinstance(cause, EmptyClientError):
+        raise cause
+    kind = BadUpdateError if failure.bad_update else ClientError
+    details = "" if cause is not None or not failure.details else f"\n{failure.details}"
+    raise kind(client_id, round, failure.reason + details) from cause
+
+
+def _portable(result: ClientResult) -> ClientResult:
+    if result.failure is None:
+        return result
+    failure = Failure(result.failure.reason, result.failure.details, result.failure.bad_update)
+    if isinstance(result.failure.exception, ClientError):
+        failure.exception = result.failure.exception
+    return ClientResult(result.client_id, result.dispatch_id, failure=failure)
+
+
+def _as_cohort(evaluate_clients: bool | int | float) -> int | float | None:
+    return None if evaluate_clients is True else evaluate_clients
+
+

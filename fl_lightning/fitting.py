@@ -1,0 +1,319 @@
+"""One ``fit``: the bridge between Lightning's hooks on the server and the federation behind them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from fl_lightning.data import ClientPopulation
+from fl_lightning.federation import Federation, RoundOutcome
+from fl_lightning.local.client import ClientHalf
+from fl_lightning.local.worker import copied_module
+from fl_lightning.reporting import ClientCurves, RoundCharts, RoundsFile, cut_logs
+from fl_lightning.server import twin_of
+from fl_lightning.store import ClientStore
+from fl_lightning.types import ClientId, RoundReport
+
+if TYPE_CHECKING:
+    from fl_lightning.trainer import FederatedTrainer
+
+__all__ = ["FederatedFit"]
+
+_FORMAT = 1
+
+
+class FederatedFit:
+    """Runs, commits, saves and resumes the rounds of one call of ``FederatedTrainer.fit``.
+
+    Args:
+        trainer: the federation's Trainer.
+        module: the user's module before it becomes the server; clients train in a copy of it.
+        population: the clients.
+    """
+
+    def __init__(self, trainer: FederatedTrainer, module: pl.LightningModule, population: ClientPopulation) -> None:
+        self.trainer = trainer
+        self.population = population
+        self.worker = twin_of(copied_module(module))
+        self._name = type(module).__name__
+        self._restored: dict[str, Any] | None = None
+        self._outcome: RoundOutcome | None = None
+        self._open_report: RoundReport | None = None
+        self._federation: Federation | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def federation(self) -> Federation:
+        assert self._federation is not None, "the fit has not started"
+        return self._federation
+
+    # ---- start and end -----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Build the federation; Lightning has set the module up and loaded a checkpoint's weights into it."""
+        trainer, module = self.trainer, self.trainer.lightning_module
+        same_start(module)
+        trainer.settings.seed = self._common_seed()
+        self._federation = federation = Federation(
+            trainer.settings,
+            trainer.sampler,
+            trainer.engine,
+            self.population,
+            module,
+            trainer.global_rank,
+            trainer.world_size,
+            trainer.strategy.root_device,
+        )
+        folder = self._run_folder()
+        federation.store = ClientStore(folder / "memory")
+        federation.interrupted = lambda: trainer.received_sigterm
+        federation.on_client_end = self._client_ended
+        self.curves = ClientCurves(trainer.loggers, trainer.log_clients, self.population.client_ids)
+        self.charts = RoundCharts(trainer.loggers)
+        self.rounds = RoundsFile(folder / "rounds.jsonl") if trainer.is_global_zero and not trainer.fast_dev_run else None
+        self._resume(folder)
+        settings = federation.local_settings(trainer.local_settings())
+        settings.save_dir = str(folder)
+        half = ClientHalf(
+            self.worker, federation.algorithm, settings, self.population, federation.store, self.curves.wants
+        )
+        trainer.engine.start(half)
+        if trainer.is_global_zero and self._restored is None:
+            self.charts.partition(self.population.source)
+
+    def close(self) -> None:
+        """Release files and processes."""
+        self.trainer.engine.close()
+        if self._federation is not None:
+            self.curves.close()
+            self._federation = None
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _common_seed(self) -> int:
+        if self._restored is not None:
+            return int(self._restored["seed"])
+        seed: int = self.trainer.strategy.broadcast(self.trainer.settings.seed)
+        return seed
+
+    def _run_folder(self) -> Path:
+        if self.trainer.loggers and not self.trainer.fast_dev_run:
+            folder = self.trainer.log_dir or self.trainer.default_root_dir
+        elif self.trainer.checkpoint_callbacks and not self.trainer.fast_dev_run:
+            folder = os.path.join(self.trainer.default_root_dir, "federation")
+        else:  # nothing is to stay on disk
+            self._folder = tempfile.TemporaryDirectory(prefix="fl_lightning-")
+            folder = self._folder.name
+        return Path(self.trainer.strategy.broadcast(str(folder)))
+
+    # ---- a round, in the order in which Lightning calls --------------------------------------------------------
+
+    def open_round(self) -> None:
+        self.federation.seed_server(self.trainer.current_epoch)
+
+    def run_round(self) -> None:
+        """Let the clients train; the result waits for the server's step."""
+        if self._outcome is not None and self._outcome.report.round == self.trainer.current_epoch:
+            return  # an optimizer that asks for the closure twice gets the same round
+        at_most = 2 if self.trainer.fast_dev_run else None
+        self._outcome = outcome = self.federation.run_round(self.trainer.current_epoch, at_most)
+        log_values(self.trainer.lightning_module, outcome.report.metrics)
+
+    def write_gradient(self) -> None:
+        """Write the pseudo-gradient where the server's optimizer reads it."""
+        assert self._outcome is not None
+        own = dict(self.trainer.lightning_module.named_parameters())
+        for name, gradient in self._outcome.gradient.items():
+            own[name].grad = gradient.to(own[name].dtype)
+
+    def commit_round(self) -> None:
+        """Make the round's results last: the server has stepped."""
+        outcome, federation = self._outcome, self.federation
+        assert outcome is not None
+        federation.accept(outcome)
+        curves = federation.count_steps(outcome.results, self.curves.wants)
+        if self.trainer.is_global_zero:
+            self.curves.write(outcome.report.round, curves)
+        self._evaluate_clients(outcome.report)
+        if self.trainer.is_global_zero and self._charts_are_due():
+            self.charts.round(outcome.report, outcome.results)
+        outcome.results = []
+        self._outcome, self._open_report = None, outcome.report
+        self.trainer.lightning_module.zero_grad()
+
+    def _charts_are_due(self) -> bool:
+        every = self.trainer.log_every_n_steps
+        return every > 0 and (self.trainer.current_epoch + 1) % every == 0
+
+    def _evaluate_clients(self, report: RoundReport) -> None:
+        trainer, settings = self.trainer, self.trainer.settings
+        every = trainer.check_val_every_n_epoch or 1
+        due = (report.round + 1) % every == 0 and (report.round + 1) % settings.evaluate_every_n_rounds == 0
+        if settings.evaluate_clients is False or not due:
+            return
+        exact, own = self.federation.evaluate(report.round, 2 if trainer.fast_dev_run else None)
+        metrics = {f"clients/{name}": value for name, value in exact.items()}
+        for name, values in own.items():
+            metrics.update(self.charts.spread(f"clients/{name}", values))
+        report.metrics.update(metrics)
+        log_values(trainer.lightning_module, metrics)
+
+    def close_round(self) -> None:
+        """Add what validation logged to the report and write it; the first of epoch end and checkpoint does it."""
+        report, self._open_report = self._open_report, None
+        if report is None:
+            return
+        for name, value in self.trainer.callback_metrics.items():
+            report.metrics.setdefault(name, float(value))
+        self.trainer.round_history.append(report)
+        if self.rounds is not None:
+            self.rounds.append(report)
+
+    def _client_ended(self, client_id: ClientId, done: int, total: int, num_examples: int) -> None:
+        for callback in self.trainer.callbacks:
+            notify = getattr(callback, "on_client_end", None)
+            if notify is not None:
+                notify(self.trainer, client_id, done, total, num_examples)
+
+    # ---- the server's optimizer --------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        algorithm = self.trainer.settings.algorithm
+        local = algorithm.local_parameters(self.trainer.lightning_module)
+        parameters = [p for n, p in self.trainer.lightning_module.named_parameters() if p.requires_grad and n not in local]
+        optimizer = algorithm.server_optimizer(parameters)
+        if algorithm.server_lr_scheduler is None:
+            return optimizer
+        scheduler = algorithm.server_lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch", "name": "server_lr"}}
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps under ``"fl_lightning"``: tensors and primitives only."""
+        self.close_round()
+        federation = self.federation
+        offset, digest = self.rounds.offset_and_hash() if self.rounds is not None else (0, "")
+        assert federation.store is not None
+        return {
+            "format": _FORMAT,
+            "algorithm": type(federation.algorithm).__name__,
+            "round": len(self.trainer.round_history),
+            "seed": self.trainer.settings.seed,
+            "state": copy.deepcopy(federation.state),
+            "num_dispatched": federation.num_dispatched,
+            "client_steps": dict(federation.client_steps),
+            "memory": federation.store.state_dict(),
+            "rounds": {"offset": offset, "sha256": digest},
+            "folder": str(federation.store.folder.parent),
+            "num_lanes": self.trainer.settings.num_lanes,
+            "num_threads": torch.get_num_threads(),
+        }
+
+    def check_and_take(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint is this federation's before anything is loaded from it.
+
+        Raises:
+            MisconfigurationException: for a checkpoint of another model, of another algorithm or of no federation.
+        """
+        saved = checkpoint.get("fl_lightning")
+        module = self.trainer.lightning_module
+        if saved is None:
+            raise MisconfigurationException(
+                "ckpt_path names a checkpoint that no FederatedTrainer wrote. To start a federation from its weights, "
+                f"use trainer.fit({self._name}.load_from_checkpoint(path), ...) without ckpt_path."
+            )
+        own, other = dict(module.state_dict()), checkpoint["state_dict"]
+        wrong = sorted(n for n in own.keys() | other.keys() if n not in own or n not in other or own[n].shape != other[n].shape)
+        if wrong and module.strict_loading:
+            raise MisconfigurationException(
+                f"The checkpoint is of another model: {len(wrong)} tensors differ from {self._name} in "
+                f"name or shape, the first is {wrong[0]!r}. Build the module with the checkpoint's hyperparameters."
+            )
+        algorithm = type(self.trainer.settings.algorithm).__name__
+        if saved["algorithm"] != algorithm:
+            raise MisconfigurationException(
+                f"The checkpoint was written by {saved['algorithm']}, and this trainer runs {algorithm}. Resume with "
+                f"algorithm={saved['algorithm']}(...), or start anew from its weights with load_from_checkpoint."
+            )
+        if saved["num_threads"] != torch.get_num_threads():
+            rank_zero_warn(
+                f"The checkpoint was written with {saved['num_threads']} threads per process and this process has "
+                f"{torch.get_num_threads()}: results will differ in the last bits. "
+                f"Pass num_threads={saved['num_threads']} to repeat them exactly."
+            )
+        self._restored = saved
+
+    def _resume(self, folder: Path) -> None:
+        saved, federation = self._restored, self.federation
+        if saved is None:
+            if self.rounds is not None:
+                self.rounds.truncate_to(0, None)
+            return
+        if saved["state"]:
+            federation.state = _on_device(saved["state"], federation.device)
+        federation.num_dispatched = saved["num_dispatched"]
+        federation.client_steps = dict(saved["client_steps"])
+        old = _old_folder(saved["folder"], self.trainer.ckpt_path)
+        assert federation.store is not None
+        if old is not None and old.resolve() != folder.resolve() and saved["memory"]:
+            federation.store.adopt(ClientStore(old / "memory"), saved["memory"])
+        self.trainer.strategy.barrier("client memory")
+        federation.store.load_state_dict(saved["memory"])
+        self._restore_history(old, folder, saved)
+
+    def _restore_history(self, old: Path | None, folder: Path, saved: dict[str, Any]) -> None:
+        history: list[RoundReport] = []
+        if self.rounds is not None:
+            source = old / "rounds.jsonl" if old is not None else None
+            offset, digest = saved["rounds"]["offset"], saved["rounds"]["sha256"]
+            if offset and (source is None or not source.is_file()):
+                rank_zero_warn("rounds.jsonl of the run is gone: round_history starts with the resumed round.")
+            elif offset and source is not None:
+                self.rounds.continue_from(source, offset, digest)
+                history = self.rounds.read()
+            if old is not None and old.resolve() == folder.resolve():
+                cut_logs(self.trainer.loggers, saved["round"], saved["client_steps"])
+        self.trainer.round_history[:] = self.trainer.strategy.broadcast(history)
+        rank_zero_info(f"Going on with round {saved['round']}.")
+
+
+def log_values(module: pl.LightningModule, values: dict[str, float]) -> None:
+    """Log a round's values: on the step, because a round is one step of the server."""
+    for name, value in values.items():
+        module.log(name, float(value), on_step=True, on_epoch=False, rank_zero_only=False)
+
+
+def same_start(module: pl.LightningModule) -> None:
+    """Give every process the first one's weights."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def _old_folder(saved: str, ckpt_path: Any) -> Path | None:
+    candidates = [Path(saved)]
+    if ckpt_path:
+        candidates.append(Path(str(ckpt_path)).resolve().parent.parent)  # <version>/checkpoints/<file>
+    return next((folder for folder in candidates if folder.is_dir()), None)
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _on_device(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_on_device(item, device) for item in value]
+    return value

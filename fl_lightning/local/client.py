@@ -1,0 +1,186 @@
+"""The client half of a federation: everything between a task and the contribution that answers it.
+
+It holds no reference to the server, so it runs in this process, in another one, or at a site.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from fl_lightning.algorithms.base import Algorithm
+from fl_lightning.data import ClientPopulation
+from fl_lightning.errors import ClientError, MisconfigurationException
+from fl_lightning.local.job import ClientData, Job, Loop, Outcome
+from fl_lightning.local.lightning_loop import LightningLoop
+from fl_lightning.local.recorder import Record
+from fl_lightning.local.settings import LocalSettings
+from fl_lightning.metrics import MetricSums
+from fl_lightning.store import ClientStore
+from fl_lightning.tree import non_finite, num_bytes
+from fl_lightning.types import ClientId, ClientTask, ClientUpdate, Contribution, Memory
+
+__all__ = ["ClientHalf", "ClientResult", "Failure"]
+
+
+@dataclass(slots=True)
+class Failure:
+    """Why a client did not deliver; ``details`` is its traceback, ``bad_update`` tells a bad update from an error."""
+
+    reason: str
+    details: str = ""
+    bad_update: bool = False
+    exception: BaseException | None = None
+
+
+@dataclass(slots=True)
+class ClientResult:
+    """What comes back from a client: its contribution, or the reason why there is none."""
+
+    client_id: ClientId
+    dispatch_id: int
+    contribution: Contribution | None = None
+    num_examples: int = 0
+    num_steps: int = 0
+    num_bytes_up: int = 0
+    update_norm: float = 0.0
+    has_memory: bool = False
+    metrics: MetricSums | None = None
+    records: list[Record] = field(default_factory=list)
+    failure: Failure | None = None
+
+
+class ClientHalf:
+    """Runs the tasks of this process.
+
+    Args:
+        module: a copy of the user's module, in which the clients train.
+        algorithm: gives callbacks, phases and contributions.
+        settings: how clients train.
+        population: where the clients' data comes from.
+        store: where the clients' memory is.
+        wants_curve: whether a client's curve is kept.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        algorithm: Algorithm,
+        settings: LocalSettings,
+        population: ClientPopulation,
+        store: ClientStore,
+        wants_curve: Callable[[ClientId], bool],
+    ) -> None:
+        self.algorithm = algorithm
+        self.settings = settings
+        self.population = population
+        self.store = store
+        self.wants_curve = wants_curve
+        self.lightning_loop = LightningLoop(module, algorithm, settings)
+        self.loop: Loop = self.lightning_loop
+
+    def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
+        """Run tasks in their order and yield a result for each."""
+        for outcome in self.loop.run(self._job(task) for task in tasks):
+            yield self._result(outcome)
+
+    def evaluate(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientId, MetricSums | Failure | None]]:
+        """Evaluate the broadcast model on the clients' own validation data; ``None`` for a client without any."""
+        for task in tasks:
+            try:
+                loader = self.validation_loader(task.client_id)
+                sums = None
+                if loader is not None:
+                    sums = self.lightning_loop.validate(task, loader, self.store.get(task.client_id))
+                yield task.client_id, sums
+            except Exception as error:
+                yield task.client_id, _failure(error)
+
+    def validation_loader(self, client_id: ClientId) -> Any:
+        """Return the client's validation loader, or the share of the server's data that a partition gives it."""
+        loader = self.population.client_val_dataloader(client_id)
+        return loader if loader is not None else self.population.client_eval_dataloader(client_id)
+
+    def _job(self, task: ClientTask) -> Job:
+        client_id = task.client_id
+        return Job(
+            task,
+            data=lambda: self.open_data(task),
+            memory=lambda: self.store.get(client_id),
+            logged=self.wants_curve(client_id),
+        )
+
+    def open_data(self, task: ClientTask) -> ClientData:
+        """Open what a client trains on."""
+        population, client_id = self.population, task.client_id
+        size = population.client_size(client_id) if callable(getattr(population.source, "client_size", None)) else None
+        datamodule = population.client_datamodule(client_id)
+        if datamodule is not None:
+            return ClientData(datamodule=datamodule, num_examples=size)
+        train = population.client_dataloader(client_id, task.work.batch_size)
+        reseed(train, task.seed)
+        return ClientData(train, population.client_val_dataloader(client_id), num_examples=size)
+
+    def _result(self, outcome: Outcome) -> ClientResult:
+        task = outcome.job.task
+        result = ClientResult(task.client_id, task.dispatch_id)
+        if outcome.error is not None:
+            result.failure = _failure(outcome.error)
+            return result
+        update = outcome.update
+        assert update is not None
+        bad = non_finite(update.delta) or non_finite(update.buffers)
+        if bad is not None:
+            result.failure = Failure(f"its update has NaN or infinite values in {bad!r}", bad_update=True)
+            return result
+        try:
+            result.contribution, memory = self._contribute(update, task, outcome.job.memory)
+        except MisconfigurationException:
+            raise  # wrong for every client, not a fault of this one
+        except Exception as error:
+            result.failure = _failure(error)
+            return result
+        if memory is not None:
+            self.store.put(task.client_id, task.round, memory)
+            result.has_memory = True
+        result.num_examples, result.num_steps = update.num_examples, update.num_steps
+        result.num_bytes_up = num_bytes(result.contribution.trees.values())
+        result.update_norm = float(torch.stack([t.float().norm() for t in update.delta.values()]).norm()) if update.delta else 0.0
+        result.metrics, result.records = update.metrics, outcome.records
+        return result
+
+    def _contribute(
+        self, update: ClientUpdate, task: ClientTask, memory: Callable[[], Memory]
+    ) -> tuple[Contribution, Memory | None]:
+        old = memory()
+        contribution, own = self.algorithm.contribute(update, task, old)
+        if self.settings.buffer_names:
+            weight = float(update.num_examples)
+            # integers are summed as doubles: exact, and rounded once at the end
+            contribution.trees["buffers"] = {
+                name: (b if b.is_floating_point() else b.double()) * weight for name, b in update.buffers.items()
+            }
+            contribution.scalars["buffers"] = weight
+        if own is None and not update.memory:
+            return contribution, None
+        return contribution, {**old, **(own or {}), **update.memory}
+
+
+def reseed(loader: Any, seed: int) -> None:
+    """Seed the generators that a user gave to a loader or its sampler: their state would outlive the client."""
+    for part in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        generator = getattr(part, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+
+
+def _failure(error: Exception) -> Failure:
+    if isinstance(error, ClientError):
+        return Failure(error.reason, exception=error)
+    details = "".join(traceback.format_exception(error))
+    return Failure(f"{type(error).__name__}: {error}", details, exception=error)

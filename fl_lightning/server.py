@@ -1,0 +1,203 @@
+"""The server is the user's module for the time of a fit.
+
+A dynamic subclass ``Federated[MyModule]`` replaces what Lightning calls while it trains; validation, test and predict
+hooks, checkpoints, ``isinstance(pl_module, MyModule)`` and callbacks see the user's module as always. Nothing is
+wrapped, so ``self.log``, ``self.trainer`` and the names in the state dict are the module's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["RoundBatch", "RoundLoader", "as_lightning", "federated", "twin_of"]
+
+
+class RoundBatch:
+    """The one batch of the one step of a round. It carries no data: the clients have theirs."""
+
+
+class RoundLoader:
+    """The server's train loader: one batch an epoch, because one epoch of the outer Trainer is one round."""
+
+    def __iter__(self) -> Iterator[RoundBatch]:
+        yield RoundBatch()
+
+    def __len__(self) -> int:
+        return 1
+
+
+class _Server:
+    """What the dynamic subclass puts before the user's class."""
+
+    trainer: Any
+
+    # ---- a training step is a round ----------------------------------------------------------------------------
+
+    @property
+    def automatic_optimization(self) -> bool:
+        return True
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.trainer.federated_fit.run_round()
+        return torch.zeros((), device=self.device, requires_grad=True)  # type: ignore[attr-defined]
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        # Lightning zeroes gradients between training_step and backward; what is written here reaches the optimizer
+        self.trainer.federated_fit.write_gradient()
+
+    def configure_optimizers(self) -> Any:
+        return self.trainer.federated_fit.configure_optimizers()
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Any = None
+    ) -> None:
+        optimizer.step(closure=optimizer_closure)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        optimizer.zero_grad()
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if metric is None:
+            scheduler.step()
+        else:
+            scheduler.step(metric)
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """The server's update is never clipped; clipping belongs to local training."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.trainer.federated_fit.commit_round()
+
+    def on_train_epoch_end(self) -> None:
+        self.trainer.federated_fit.close_round()
+
+    def on_train_epoch_start(self) -> None:
+        self.trainer.federated_fit.open_round()
+
+    # ---- hooks of local training: clients run them -------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        pass
+
+    def on_train_end(self) -> None:
+        pass
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        pass
+
+    def on_after_backward(self) -> None:
+        pass
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        pass
+
+    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
+        pass
+
+    # ---- the batch of a round carries no data ------------------------------------------------------------------
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        if isinstance(batch, RoundBatch):
+            return batch
+        return super()._on_before_batch_transfer(batch, dataloader_idx)  # type: ignore[misc]
+
+    def _apply_batch_transfer_handler(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
+        if isinstance(batch, RoundBatch):
+            return batch
+        return super()._apply_batch_transfer_handler(batch, device=device, dataloader_idx=dataloader_idx)  # type: ignore[misc]
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self.trainer.federated_fit.start()
+        super().on_fit_start()  # type: ignore[misc]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        checkpoint["fl_lightning"] = self.trainer.federated_fit.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.trainer.federated_fit.check_and_take(checkpoint)
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+
+
+_classes: dict[type, type] = {}
+
+
+def _server_class(user_class: type) -> type:
+    if user_class not in _classes:
+        # a pytorch_lightning module becomes a lightning one too, and keeps its own methods, which come first
+        bases: tuple[type, ...] = (_Server, user_class)
+        if not issubclass(user_class, pl.LightningModule):
+            bases += (pl.LightningModule,)
+        name = f"Federated[{user_class.__name__}]"
+        _classes[user_class] = type(name, bases, {"__module__": user_class.__module__, "__doc__": user_class.__doc__})
+    return _classes[user_class]
+
+
+@contextmanager
+def federated(module: Any) -> Iterator[pl.LightningModule]:
+    """Make the user's module the server inside the block.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> module = BoringModel()
+        >>> with federated(module) as server:
+        ...     print(type(server).__name__, server is module, isinstance(server, BoringModel))
+        Federated[BoringModel] True True
+        >>> type(module).__name__
+        'BoringModel'
+    """
+    user_class = type(module)
+    # methods that were set on the instance (torch.compile does) would hide the server's
+    hidden = {name: module.__dict__.pop(name) for name in list(module.__dict__) if name in _Server.__dict__}
+    try:
+        module.__class__ = _server_class(user_class)
+    except TypeError as error:
+        raise MisconfigurationException(
+            f"{user_class.__name__} cannot become a federation's server: {error}. Remove __slots__ from the class."
+        ) from error
+    try:
+        yield module
+    finally:
+        module.__class__ = user_class
+        module.__dict__.update(hidden)
+
+
+_twins: dict[type, type] = {}
+
+
+def twin_of(module: Any) -> pl.LightningModule:
+    """Make a ``pytorch_lightning`` module an instance of ``lightning``'s class too, and return it.
+
+    The two packages hold the same code in different classes, and Lightning's Trainer insists on its own.
+    """
+    user_class = type(module)
+    if not isinstance(module, pl.LightningModule):
+        if user_class not in _twins:
+            members = {"__module__": user_class.__module__, "__qualname__": user_class.__qualname__}
+            _twins[user_class] = type(user_class.__name__, (user_class, pl.LightningModule), members)
+        module.__class__ = _twins[user_class]
+    twin: pl.LightningModule = module
+    return twin
+
+
+@contextmanager
+def as_lightning(module: Any) -> Iterator[pl.LightningModule]:
+    """Let Lightning's Trainer accept a module of either package inside the block."""
+    user_class = type(module)
+    try:
+        yield twin_of(module)
+    finally:
+        module.__class__ = user_class

@@ -1,0 +1,354 @@
+"""``FederatedTrainer``: Lightning's Trainer, whose epochs are federated rounds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from fl_lightning.algorithms import Algorithm, FedAvg
+from fl_lightning.arguments import divide
+from fl_lightning.data import as_population
+from fl_lightning.data.forwarding import as_lightning_datamodule
+from fl_lightning.engines import Engine, InProcessEngine
+from fl_lightning.federation import FederationSettings
+from fl_lightning.fitting import FederatedFit
+from fl_lightning.local.quiet import without_hints
+from fl_lightning.local.settings import LocalSettings
+from fl_lightning.precision import ServerPrecision
+from fl_lightning.reporting import continue_version, federated_progress_bar, newest_checkpoint
+from fl_lightning.schedules import Sampler, UniformSampler
+from fl_lightning.seeding import root_seed
+from fl_lightning.server import RoundLoader, as_lightning, federated
+from fl_lightning.types import RoundReport
+from fl_lightning.validation import check_arguments
+
+__all__ = ["FederatedTrainer"]
+
+
+class FederatedTrainer(pl.Trainer):
+    """Trains a ``LightningModule`` on clients that keep their data.
+
+    One epoch of this Trainer is one federated round: the global model goes to a cohort, every client trains it, and
+    the negative mean update is the gradient of the server's optimizer. Checkpoints, early stopping, loggers, progress,
+    profilers, devices and the command line are Lightning's own and apply to rounds.
+
+    Args:
+        algorithm: what clients contribute and what the server does with the sum; ``None`` is ``FedAvg()``.
+        max_rounds: rounds to train; the federated name of ``max_epochs``.
+        clients_per_round: cohort size, as a count, a fraction in (0, 1], or ``None`` for everyone.
+        local_epochs: passes of a client over its data in a round.
+        local_steps: optimizer steps of a client in a round, instead of ``local_epochs``.
+        local_loop: ``"lightning"`` trains each client in a real Trainer, ``"lean"`` in a direct loop for plain
+            modules, ``"auto"`` takes the fastest that is exact for this module.
+        group_size: clients trained at once by vmap in the lean loop, or ``"auto"``.
+        client_state: ``"reset"`` starts a client's optimizers anew in each round; ``"keep"`` goes on with their state.
+        client_callbacks: Lightning callbacks of local training, copied for each client.
+        client_lr_schedule: round to a factor on the clients' learning rates.
+        batch_norm: running statistics are ``"average"``-d, ``"local"`` to each client together with scale and shift
+            (FedBN), or ``"recalibrate"``-d on the cohort's data after each round.
+        transforms: what updates pass through between client and server, in order.
+        min_clients: fewest clients that must exist, take part and deliver.
+        on_bad_update: ``"raise"`` stops at a client that fails or sends NaN; ``"skip"`` goes on and reports it.
+        client_overrides: by client id, any of ``epochs``, ``steps``, ``lr`` and ``batch_size``.
+        evaluate_clients: evaluate the global model on clients' own data: everyone, a count, or a fraction.
+        evaluate_every_n_rounds: how often, among the rounds that validate.
+        log_clients: whose curves are kept: ``"auto"`` (at most 100), a count, ids, a pattern, ``True`` or ``False``.
+        fleet: devices of the clients.
+        sampler: who takes part; ``None`` draws uniformly without replacement.
+        schedule: who works when, for asynchronous algorithms.
+        engine: where clients run; ``None`` is this process group.
+        num_threads: torch threads of each process during the fit; ``None`` leaves torch's number. Results depend on
+            it in the last bits.
+        num_lanes: lanes of the cohort; the processes must divide it.
+        **kwargs: every argument of ``lightning.Trainer``; ``fl_lightning.arguments.TRAINER_ARGUMENTS`` says where each
+            one goes.
+
+    Raises:
+        MisconfigurationException: for arguments that exclude each other or have no meaning in a federation.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+        >>> from torch.utils.data import DataLoader
+        >>> sites = {name: DataLoader(RandomDataset(32, 8), batch_size=4) for name in ("site-a", "site-b")}
+        >>> trainer = FederatedTrainer(max_rounds=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        ...                            enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(BoringModel(), sites)
+        >>> [report.num_steps for report in trainer.round_history]
+        [4, 4]
+    """
+
+    def __init__(
+        self,
+        *,
+        algorithm: Algorithm | None = None,
+        max_rounds: int | None = None,
+        clients_per_round: int | float | None = None,
+        local_epochs: int = 1,
+        local_steps: int | None = None,
+        local_loop: Literal["auto", "lightning", "lean"] = "auto",
+        group_size: int | Literal["auto"] = "auto",
+        client_state: Literal["reset", "keep"] = "reset",
+        client_callbacks: Callback | list[Callback] | None = None,
+        client_lr_schedule: Callable[[int], float] | None = None,
+        batch_norm: Literal["average", "local", "recalibrate"] = "average",
+        transforms: list[Any] | None = None,
+        min_clients: int = 1,
+        on_bad_update: Literal["raise", "skip"] = "raise",
+        client_overrides: dict[Any, dict[str, Any]] | None = None,
+        evaluate_clients: bool | int | float = False,
+        evaluate_every_n_rounds: int = 1,
+        log_clients: bool | int | str | list[Any] = "auto",
+        fleet: Any = None,
+        sampler: Sampler | None = None,
+        schedule: Any = None,
+        engine: Engine | None = None,
+        num_threads: int | None = None,
+        num_lanes: int = 8,
+        **kwargs: Any,
+    ) -> None:
+        self.settings = FederationSettings(
+            algorithm=algorithm if algorithm is not None else FedAvg(),
+            clients_per_round=clients_per_round,
+            local_epochs=local_epochs,
+            local_steps=local_steps,
+            min_clients=min_clients,
+            on_bad_update=on_bad_update,
+            client_overrides=dict(client_overrides or {}),
+            client_lr_schedule=client_lr_schedule,
+            batch_norm=batch_norm,
+            evaluate_clients=evaluate_clients,
+            evaluate_every_n_rounds=evaluate_every_n_rounds,
+            num_lanes=num_lanes,
+        )
+        check_arguments(self.settings, max_rounds, kwargs, local_loop, group_size, client_state)
+        self._client_arguments = divide(kwargs)
+        self._client_callbacks = [client_callbacks] if isinstance(client_callbacks, Callback) else client_callbacks or []
+        self._local_loop, self._group_size, self._client_state = local_loop, group_size, client_state
+        self.local_epochs, self.local_steps = local_epochs, local_steps
+        self.log_clients, self.fleet = log_clients, fleet
+        self.sampler = sampler if sampler is not None else UniformSampler()
+        self.engine = engine if engine is not None else InProcessEngine()
+        self.num_threads = num_threads
+        self.round_history: list[RoundReport] = []
+        self._last_data: tuple[Any, Any] | None = None
+        self._fit: FederatedFit | None = None
+        _prepare_server_arguments(kwargs, max_rounds, self.settings.algorithm)
+        super().__init__(**kwargs)
+        self._check_strategy()
+        self.strategy.precision_plugin = ServerPrecision(self.strategy.precision_plugin)
+        self.callbacks = federated_progress_bar(self.callbacks)
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in self.callbacks):
+            rank_zero_warn("StochasticWeightAveraging changes the server's learning rate: rounds are then no plain means.")
+
+    # ---- the federation's names --------------------------------------------------------------------------------
+
+    @property
+    def max_rounds(self) -> int | None:
+        """Rounds to train (``max_epochs`` of the outer Trainer)."""
+        return self.max_epochs
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The federated algorithm."""
+        return self.settings.algorithm
+
+    @property
+    def current_round(self) -> int:
+        """The 0-based round that is running, or the number of finished ones."""
+        return self.current_epoch
+
+    @property
+    def federated_fit(self) -> FederatedFit:
+        """The fit that is running."""
+        assert self._fit is not None, "no fit is running"
+        return self._fit
+
+    def local_settings(self) -> LocalSettings:
+        """Return how clients train, as far as the arguments say it."""
+        arguments: dict[str, Any] = dict(self._client_arguments)
+        if self.fast_dev_run:
+            arguments.update(limit_train_batches=int(self.fast_dev_run), limit_val_batches=int(self.fast_dev_run))
+        plugin = self.strategy.precision_plugin
+        if isinstance(plugin, ServerPrecision) and "precision" not in arguments:
+            arguments["plugins"] = [plugin.inner]
+        return LocalSettings(
+            trainer_arguments=arguments,
+            callbacks=self._client_callbacks,
+            client_state=self._client_state,
+            local_loop=self._local_loop,
+            group_size=self._group_size,
+        )
+
+    # ---- Lightning's entry points ------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        model: pl.LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train federated; afterwards the module that was passed holds the global weights.
+
+        Args:
+            model: an ordinary ``LightningModule`` of ``lightning`` or ``pytorch_lightning``.
+            train_dataloaders: a mapping of client ids to train loaders, or a data module as in ``datamodule``.
+            val_dataloaders: the server's validation data, beside a mapping.
+            datamodule: a ``FederatedDataModule``, or any data module with ``client_ids()`` and
+                ``client_dataloader(id)``.
+            ckpt_path: a checkpoint to go on from; ``"last"`` finds the newest run of this name and goes on in its
+                folder, ``"best"`` takes the best of the last fit.
+            weights_only: as in Lightning.
+
+        Raises:
+            MisconfigurationException: for data without clients, or a checkpoint of another model or algorithm.
+            ClientError: when a client fails and ``on_bad_update="raise"``.
+            NotEnoughClientsError: when fewer than ``min_clients`` exist or deliver.
+        """
+        data, val = _sort_data(train_dataloaders, val_dataloaders, datamodule)
+        population = as_population(data)
+        self._last_data = (data, val)
+        if ckpt_path == "last":
+            ckpt_path = self._newest_checkpoint()
+        arguments: dict[str, Any] = {"datamodule": as_lightning_datamodule(data)}
+        if isinstance(data, Mapping):
+            arguments = {"train_dataloaders": RoundLoader(), "val_dataloaders": val}
+        if ckpt_path is None:
+            self.round_history.clear()
+        with ExitStack() as stack:
+            self._fit = fit = FederatedFit(self, _plain_module(model), population)
+            stack.callback(self._close_fit)
+            stack.enter_context(self._threads())
+            stack.enter_context(without_hints())
+            server = stack.enter_context(federated(_plain_module(model)))
+            super().fit(server, ckpt_path=ckpt_path, weights_only=weights_only, **arguments)
+        del fit
+
+    def validate(self, model: Any = None, dataloaders: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Validate on the server's data; without data, on the last fit's."""
+        return self._evaluate(super().validate, model, dataloaders, *args, **kwargs)
+
+    def test(self, model: Any = None, dataloaders: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Test on the server's data; without data, on the last fit's."""
+        return self._evaluate(super().test, model, dataloaders, *args, **kwargs)
+
+    def predict(self, model: Any = None, dataloaders: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Predict on the server's data; without data, on the last fit's."""
+        return self._evaluate(super().predict, model, dataloaders, *args, **kwargs)
+
+    def _evaluate(self, run: Callable[..., Any], model: Any, dataloaders: Any, *args: Any, **kwargs: Any) -> Any:
+        datamodule = kwargs.pop("datamodule", None)
+        if dataloaders is None and datamodule is None and self._last_data is not None:
+            data, val = self._last_data
+            if isinstance(data, Mapping):
+                dataloaders = val if run.__name__ == "validate" else None
+            else:
+                datamodule = data
+        elif dataloaders is not None and callable(getattr(dataloaders, "client_ids", None)):
+            dataloaders, datamodule = None, dataloaders
+        if datamodule is not None:
+            kwargs["datamodule"] = as_lightning_datamodule(datamodule)
+        module = model if model is not None else self.lightning_module
+        with ExitStack() as stack:
+            if module is not None:
+                stack.enter_context(as_lightning(_plain_module(module)))
+            return run(model, dataloaders, *args, **kwargs)
+
+    # ---- where Lightning and a federation differ ---------------------------------------------------------------
+
+    def _run(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.fn == TrainerFn.FITTING:
+            # whatever the data module offers for training belongs to the clients
+            self.fit_loop._data_source.instance = RoundLoader()
+        return super()._run(model, *args, **kwargs)
+
+    def _close_fit(self) -> None:
+        if self._fit is not None:
+            self._fit.close()
+            self._fit = None
+
+    def _threads(self) -> Any:
+        stack = ExitStack()
+        if self.num_threads is not None:
+            before = torch.get_num_threads()
+            torch.set_num_threads(self.num_threads)
+            stack.callback(torch.set_num_threads, before)
+        return stack
+
+    def _newest_checkpoint(self) -> str | None:
+        for logger in self.loggers:
+            folder = continue_version(logger)
+            if folder is not None:
+                return newest_checkpoint(folder)
+        return "last" if not self.loggers else None
+
+    def _check_strategy(self) -> None:
+        strategy = self.strategy
+        if isinstance(strategy, DDPStrategy):
+            # the gradient is no result of autograd: a DDP wrapper would wait for hooks that never run
+            strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
+        elif not isinstance(strategy, SingleDeviceStrategy):
+            raise MisconfigurationException(
+                f"{type(strategy).__name__} shards the model, and a federation's server needs it whole. Use "
+                "strategy='auto' or strategy='ddp' with devices=1, 2, 4 or 8: the cohort is split over the processes."
+            )
+
+
+def _prepare_server_arguments(kwargs: dict[str, Any], max_rounds: int | None, algorithm: Algorithm) -> None:
+    """Fill in what a federation decides for the outer Trainer."""
+    kwargs["max_epochs"] = max_rounds
+    if kwargs.get("barebones"):
+        return
+    if kwargs.get("log_every_n_steps") is None:
+        kwargs["log_every_n_steps"] = 1
+    logger = kwargs.get("logger")
+    if logger is None or logger is True:
+        root = os.path.join(kwargs.get("default_root_dir") or os.getcwd(), "logs")
+        kwargs["logger"] = default_logger(root, type(algorithm).__name__.lower())
+
+
+def default_logger(save_dir: str, name: str) -> Logger:
+    """Return the logger of a federation without one of its own: ``logs/<name>/version_N`` in TensorBoard's format."""
+    try:
+        return TensorBoardLogger(save_dir, name=name, default_hp_metric=False)
+    except ModuleNotFoundError:
+        return CSVLogger(save_dir, name=name)
+
+
+def _sort_data(train: Any, val: Any, datamodule: Any) -> tuple[Any, Any]:
+    if train is not None and datamodule is not None:
+        raise MisconfigurationException(
+            "fit got clients twice: train_dataloaders and datamodule. Pass one of them."
+        )
+    data = datamodule if datamodule is not None else train
+    if data is None:
+        raise MisconfigurationException(
+            "fit got no clients. Pass a FederatedDataModule(MyDataModule(), Dirichlet(num_clients=100, alpha=0.3)), a "
+            "data module with client_ids() and client_dataloader(id), or a mapping of client ids to train loaders."
+        )
+    if val is not None and not isinstance(data, Mapping):
+        raise MisconfigurationException(
+            f"fit got val_dataloaders beside {type(data).__name__}, whose val_dataloader() is the server's. Leave "
+            "val_dataloaders out, or pass the clients as a mapping of loaders."
+        )
+    return data, val
+
+
+def _plain_module(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)
+
+

@@ -1,0 +1,106 @@
+"""Checks of ``FederatedTrainer``'s arguments: what was expected, what came, what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fl_lightning.algorithms.base import Algorithm
+from fl_lightning.federation import FederationSettings
+
+__all__ = ["check_arguments"]
+
+_OVERRIDES = {"epochs": int, "steps": int, "lr": float, "batch_size": int}
+
+
+def check_arguments(
+    settings: FederationSettings,
+    max_rounds: int | None,
+    lightning: Mapping[str, Any],
+    local_loop: str,
+    group_size: int | str,
+    client_state: str,
+) -> None:
+    """Raise for arguments that are out of range or exclude each other.
+
+    Raises:
+        MisconfigurationException: says what to write instead.
+    """
+    if not isinstance(settings.algorithm, Algorithm):
+        raise MisconfigurationException(
+            f"Expected algorithm to be a federated algorithm such as FedAvg(), got {settings.algorithm!r}."
+        )
+    _check_rounds(max_rounds, lightning, settings)
+    _one_of("local_loop", local_loop, ("auto", "lightning", "lean"))
+    _one_of("client_state", client_state, ("reset", "keep"))
+    _one_of("on_bad_update", settings.on_bad_update, ("raise", "skip"))
+    _one_of("batch_norm", settings.batch_norm, ("average", "local", "recalibrate"))
+    if group_size != "auto":
+        _at_least_one("group_size", group_size)
+    _at_least_one("min_clients", settings.min_clients)
+    _at_least_one("local_epochs", settings.local_epochs)
+    if settings.local_steps is not None:
+        _at_least_one("local_steps", settings.local_steps)
+    _at_least_one("evaluate_every_n_rounds", settings.evaluate_every_n_rounds)
+    _count_or_fraction("clients_per_round", settings.clients_per_round)
+    if settings.evaluate_clients is not True and settings.evaluate_clients is not False:
+        _count_or_fraction("evaluate_clients", settings.evaluate_clients)
+    for client_id, override in settings.client_overrides.items():
+        _check_override(client_id, override)
+
+
+def _check_rounds(max_rounds: int | None, lightning: Mapping[str, Any], settings: FederationSettings) -> None:
+    max_epochs = lightning.get("max_epochs")
+    if max_epochs is not None and max_rounds is not None:
+        raise MisconfigurationException(
+            f"max_rounds={max_rounds} and max_epochs={max_epochs} are two names of one thing. Pass max_rounds only; "
+            "the clients' epochs in a round are local_epochs."
+        )
+    if max_epochs is not None:
+        raise MisconfigurationException(
+            f"max_epochs={max_epochs} is ambiguous in a federation. Use max_rounds={max_epochs} for rounds, or "
+            f"local_epochs={max_epochs} for the epochs of a client in each round."
+        )
+    if max_rounds is not None and (isinstance(max_rounds, bool) or not isinstance(max_rounds, int) or max_rounds < -1):
+        raise MisconfigurationException(
+            f"Expected max_rounds to be an integer >= 0, or -1 for no limit, got {max_rounds!r}."
+        )
+
+
+def _check_override(client_id: Any, override: Any) -> None:
+    unknown = sorted(set(override) - set(_OVERRIDES)) if isinstance(override, Mapping) else [override]
+    if unknown:
+        raise MisconfigurationException(
+            f"client_overrides[{client_id!r}] has {unknown}; expected any of {sorted(_OVERRIDES)}, for example "
+            f"client_overrides={{{client_id!r}: {{'epochs': 2, 'lr': 0.05}}}}."
+        )
+    if "epochs" in override and "steps" in override:
+        raise MisconfigurationException(
+            f"client_overrides[{client_id!r}] has both epochs and steps; give one of them."
+        )
+    for name, value in override.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise MisconfigurationException(f"Expected client_overrides[{client_id!r}][{name!r}] > 0, got {value!r}.")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise MisconfigurationException(f"Expected {name} to be one of {list(allowed)}, got {value!r}.")
+
+
+def _at_least_one(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MisconfigurationException(f"Expected {name} to be an integer >= 1, got {value!r}.")
+
+
+def _count_or_fraction(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, float) and not 0.0 < value <= 1.0:
+        raise MisconfigurationException(
+            f"Expected {name} as a fraction in (0, 1] or as a count >= 1, got {value!r}."
+        )
+    if not isinstance(value, float):
+        _at_least_one(name, value)
