@@ -1,0 +1,80 @@
+"""The command line: Lightning's own, with rounds for epochs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from fl_lightning import __version__
+from fl_lightning.trainer import FederatedTrainer
+
+__all__ = ["FederatedCLI", "main"]
+
+_DESCRIPTION = """Federated learning for people who already have a LightningModule.
+
+  fl-lightning fit --config configs/fedavg.yaml
+  fl-lightning fit --config configs/fedavg.yaml --trainer.max_rounds 50 --ckpt_path last
+  fl-lightning fit --model my_module.MyModule --data fl_lightning.data.FederatedDataModule --print_config
+"""
+
+
+class FederatedCLI(LightningCLI):
+    """``LightningCLI`` with :class:`FederatedTrainer`: any module and any data module by ``class_path``."""
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            model_class=pl.LightningModule,
+            datamodule_class=pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=FederatedTrainer,
+            # a resumed run goes on in its folder, where its config.yaml already is
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "fl-lightning", "description": _DESCRIPTION, "version": __version__},
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+            "test": {"model", "dataloaders", "datamodule"},
+            "predict": {"model", "dataloaders", "datamodule"},
+        }
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        return parser
+
+    def after_fit(self) -> None:
+        """Print what a user looks for after a run: how good, where, and how to look at it."""
+        trainer = self.trainer
+        assert isinstance(trainer, FederatedTrainer)
+        _print_summary(trainer)
+
+
+@rank_zero_only
+def _print_summary(trainer: FederatedTrainer) -> None:
+    lines = [""]
+    if trainer.round_history:
+        last = trainer.round_history[-1]
+        shown = {name: value for name, value in last.metrics.items() if "/" not in name and not name.endswith("_step")}
+        lines.append(f"Round {last.round + 1}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if checkpoint:
+        lines.append(f"Checkpoint:  {checkpoint}")
+    if trainer.loggers and trainer.log_dir:
+        lines.append(f"TensorBoard: tensorboard --logdir {trainer.log_dir}")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run ``fl-lightning``."""
+    sys.path.insert(0, "")  # a module in the current folder is found by its name
+    FederatedCLI(args=list(args) if args is not None else None)
