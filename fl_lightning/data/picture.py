@@ -70,8 +70,10 @@ def partition_figure(
     _draw_distances(line, distances, client_ids)
     bars.set_title(title or f"{len(client_ids)} clients, {int(counts.sum()):,} examples", loc="left", fontsize=11)
     handles, labels = bars.get_legend_handles_labels()
-    look = {"loc": "outside right upper", "frameon": False, "fontsize": 8, "title": "label", "title_fontsize": 9}
-    figure.legend(handles[::-1], labels[::-1], **look)  # from top to bottom, as the bars are stacked
+    handles, labels = handles[::-1], labels[::-1]  # from top to bottom, as the bars are stacked
+    figure.legend(
+        handles, labels, loc="outside right upper", frameon=False, fontsize=8, title="label", title_fontsize=9
+    )
     return figure
 
 
