@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,22 +11,23 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from fl_lightning.aggregation import PartialSum, TreeSum, gather_objects, reduce_over_processes
 from fl_lightning.algorithms.base import Algorithm, State
 from fl_lightning.data import ClientPopulation
 from fl_lightning.engines import Engine
 from fl_lightning.errors import BadUpdateError, ClientError, EmptyClientError, MisconfigurationException
-from fl_lightning.local.client import ClientHalf, ClientResult, Failure
+from fl_lightning.local.client import ClientResult, Failure
+from fl_lightning.local.recalibration import combined_statistics
 from fl_lightning.local.recorder import Record
 from fl_lightning.local.settings import LocalSettings
 from fl_lightning.metrics import MetricSums
-from fl_lightning.schedules import Sampler, assign_lanes, cohort_size, lanes_of_rank, require_enough
+from fl_lightning.schedules import Sampler, UniformSampler, assign_lanes, cohort_size, lanes_of_rank, require_enough
 from fl_lightning.schedules.lanes import sort_key
 from fl_lightning.seeding import seed_everywhere, seed_for
 from fl_lightning.store import ClientStore
-from fl_lightning.traveling import BatchNormPolicy, Traveling
+from fl_lightning.traveling import BatchNormPolicy, Traveling, batch_norm_buffers
 from fl_lightning.tree import num_bytes
 from fl_lightning.types import ClientId, ClientTask, RoundReport, Tree, Work
 
@@ -220,12 +220,9 @@ class Federation:
         return self.settings.on_bad_update == "raise" and bool(results) and results[-1].failure is not None
 
     def _estimated_work(self, task: ClientTask) -> float:
-        size = None
-        if callable(getattr(self.population.source, "client_size", None)):
-            size = self.population.client_size(task.client_id)
         if task.work.steps is not None:
             return float(task.work.steps)
-        return float((size or 1) * (task.work.epochs or 1))
+        return float((self.population.client_size(task.client_id) or 1) * (task.work.epochs or 1))
 
     def _gather(self, results: list[ClientResult], cohort: Sequence[ClientId], round: int) -> list[ClientResult]:
         everyone = gather_objects([_portable(result) for result in results])
@@ -269,6 +266,27 @@ class Federation:
             own[name].copy_(value)
         if self.store is not None:
             self.store.commit([r.client_id for r in outcome.results if r.has_memory], outcome.report.round)
+
+    @torch.no_grad()
+    def recalibrate(self, cohort: Sequence[ClientId], round: int) -> None:
+        """Measure BatchNorm's running statistics of the new model on the cohort's data."""
+        names = batch_norm_buffers(self.module)
+        own = dict(self.module.named_buffers())
+        broadcast: dict[str, Tree] = {"model": self.model(), "buffers": {}}
+        tasks = [
+            ClientTask(c, round, -1, broadcast, seed_for(self.settings.seed, round, c, "recalibration")) for c in cohort
+        ]
+        merged = TreeSum()
+        lanes = assign_lanes(cohort, [self._estimated_work(task) for task in tasks], self.settings.num_lanes)
+        with torch.enable_grad():
+            for lane in self.lanes:
+                partial = PartialSum()
+                for _, contribution in self.engine.recalibrate((tasks[p] for p in lanes[lane]), names):
+                    partial.add(contribution, None)
+                merged.push(partial)
+        total = reduce_over_processes(merged.total(), self.device)
+        for name, value in combined_statistics(total.as_contribution(), own).items():
+            own[name].copy_(value)
 
     def count_steps(self, results: Iterable[ClientResult], logged: Callable[[ClientId], bool]) -> dict[ClientId, list[Record]]:
         """Advance the logged clients' step counts and return their new records."""
@@ -327,8 +345,6 @@ class Federation:
         return scalars(total.metrics.compute(self.module)), values
 
     def sampler_for_evaluation(self, size: int, seed: int, round: int) -> list[ClientId]:
-        from fl_lightning.schedules import UniformSampler
-
         return UniformSampler().cohort(self.population, size, seed, round)
 
 

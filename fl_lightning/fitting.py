@@ -21,6 +21,7 @@ from fl_lightning.local.worker import copied_module
 from fl_lightning.reporting import ClientCurves, RoundCharts, RoundsFile, cut_logs
 from fl_lightning.server import twin_of
 from fl_lightning.store import ClientStore
+from fl_lightning.traveling import batch_norm_buffers
 from fl_lightning.types import ClientId, RoundReport
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ class FederatedFit:
         outcome, federation = self._outcome, self.federation
         assert outcome is not None
         federation.accept(outcome)
+        if self.trainer.settings.batch_norm == "recalibrate" and batch_norm_buffers(self.trainer.lightning_module):
+            federation.recalibrate(outcome.report.cohort, outcome.report.round)
         curves = federation.count_steps(outcome.results, self.curves.wants)
         if self.trainer.is_global_zero:
             self.curves.write(outcome.report.round, curves)

@@ -7,6 +7,7 @@ wrapped, so ``self.log``, ``self.trainer`` and the names in the state dict are t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -132,15 +133,47 @@ class _Server:
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
 
+_twins: dict[type, type] = {}
+
+
+def twin_of(module: Any) -> pl.LightningModule:
+    """Make a ``pytorch_lightning`` module an instance of ``lightning``'s class too, and return it.
+
+    The two packages hold the same code in different classes, and Lightning's Trainer insists on its own.
+    """
+    module.__class__ = _twin_class(type(module))
+    twin: pl.LightningModule = module
+    return twin
+
+
+def _twin_class(user_class: type) -> type:
+    if issubclass(user_class, pl.LightningModule):
+        return user_class
+    if user_class not in _twins:
+        members = {"__module__": user_class.__module__, "__qualname__": user_class.__qualname__}
+        _twins[user_class] = type(user_class.__name__, (user_class, pl.LightningModule), members | _base_hooks(user_class))
+    return _twins[user_class]
+
+
+def _base_hooks(user_class: type) -> dict[str, Any]:
+    """Return ``lightning``'s version of everything that the user's class takes unchanged from ``pytorch_lightning``.
+
+    Lightning asks by comparison with its own base class which hooks are overridden.
+    """
+    hooks = {}
+    for name in dir(user_class):
+        provider = next((base for base in user_class.__mro__ if name in base.__dict__), object)
+        if provider.__module__.startswith("pytorch_lightning.") and not name.startswith("__") and hasattr(pl.LightningModule, name):
+            hooks[name] = inspect.getattr_static(pl.LightningModule, name)
+    return hooks
+
+
 _classes: dict[type, type] = {}
 
 
 def _server_class(user_class: type) -> type:
     if user_class not in _classes:
-        # a pytorch_lightning module becomes a lightning one too, and keeps its own methods, which come first
-        bases: tuple[type, ...] = (_Server, user_class)
-        if not issubclass(user_class, pl.LightningModule):
-            bases += (pl.LightningModule,)
+        bases = (_Server, _twin_class(user_class))
         name = f"Federated[{user_class.__name__}]"
         _classes[user_class] = type(name, bases, {"__module__": user_class.__module__, "__doc__": user_class.__doc__})
     return _classes[user_class]
@@ -173,24 +206,6 @@ def federated(module: Any) -> Iterator[pl.LightningModule]:
     finally:
         module.__class__ = user_class
         module.__dict__.update(hidden)
-
-
-_twins: dict[type, type] = {}
-
-
-def twin_of(module: Any) -> pl.LightningModule:
-    """Make a ``pytorch_lightning`` module an instance of ``lightning``'s class too, and return it.
-
-    The two packages hold the same code in different classes, and Lightning's Trainer insists on its own.
-    """
-    user_class = type(module)
-    if not isinstance(module, pl.LightningModule):
-        if user_class not in _twins:
-            members = {"__module__": user_class.__module__, "__qualname__": user_class.__qualname__}
-            _twins[user_class] = type(user_class.__name__, (user_class, pl.LightningModule), members)
-        module.__class__ = _twins[user_class]
-    twin: pl.LightningModule = module
-    return twin
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from fl_lightning.local.client import ClientHalf, ClientResult, Failure
 from fl_lightning.metrics import MetricSums
-from fl_lightning.types import ClientId, ClientTask
+from fl_lightning.types import ClientId, ClientTask, Contribution
 
 __all__ = ["Engine", "InProcessEngine"]
 
@@ -25,6 +25,10 @@ class Engine:
     def evaluate(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientId, MetricSums | Failure | None]]:
         """Evaluate the broadcast model on clients' own data."""
         return self.client_half.evaluate(tasks)
+
+    def recalibrate(self, tasks: Iterable[ClientTask], names: Sequence[str]) -> Iterator[tuple[ClientId, Contribution]]:
+        """Measure running statistics of the broadcast model on clients' training data."""
+        return self.client_half.recalibrate(tasks, names)
 
     def close(self) -> None:
         """Release what the engine holds."""

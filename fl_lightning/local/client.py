@@ -18,6 +18,7 @@ from fl_lightning.data import ClientPopulation
 from fl_lightning.errors import ClientError, MisconfigurationException
 from fl_lightning.local.job import ClientData, Job, Loop, Outcome
 from fl_lightning.local.lightning_loop import LightningLoop
+from fl_lightning.local.recalibration import statistics_contribution
 from fl_lightning.local.recorder import Record
 from fl_lightning.local.settings import LocalSettings
 from fl_lightning.metrics import MetricSums
@@ -101,6 +102,12 @@ class ClientHalf:
             except Exception as error:
                 yield task.client_id, _failure(error)
 
+    def recalibrate(self, tasks: Iterable[ClientTask], names: Sequence[str]) -> Iterator[tuple[ClientId, Contribution]]:
+        """Measure running statistics of the broadcast model on the clients' training data."""
+        for task in tasks:
+            buffers, size = self.lightning_loop.recalibrate(task, self.open_data(task), names)
+            yield task.client_id, statistics_contribution(buffers, size)
+
     def validation_loader(self, client_id: ClientId) -> Any:
         """Return the client's validation loader, or the share of the server's data that a partition gives it."""
         loader = self.population.client_val_dataloader(client_id)
@@ -118,13 +125,14 @@ class ClientHalf:
     def open_data(self, task: ClientTask) -> ClientData:
         """Open what a client trains on."""
         population, client_id = self.population, task.client_id
-        size = population.client_size(client_id) if callable(getattr(population.source, "client_size", None)) else None
         datamodule = population.client_datamodule(client_id)
         if datamodule is not None:
-            return ClientData(datamodule=datamodule, num_examples=size)
+            own_size = callable(getattr(population.source, "client_size", None))
+            return ClientData(datamodule=datamodule, num_examples=population.client_size(client_id) if own_size else None)
         train = population.client_dataloader(client_id, task.work.batch_size)
         reseed(train, task.seed)
-        return ClientData(train, population.client_val_dataloader(client_id), num_examples=size)
+        val = population.client_val_dataloader(client_id)
+        return ClientData(train, val, num_examples=population.client_size(client_id))
 
     def _result(self, outcome: Outcome) -> ClientResult:
         task = outcome.job.task

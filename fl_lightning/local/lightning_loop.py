@@ -23,6 +23,7 @@ from fl_lightning.local.client_state import load_optimizers, save_optimizers, sc
 from fl_lightning.local.client_trainer import ClientTrainer
 from fl_lightning.local.job import ClientData, Job, Outcome
 from fl_lightning.local.quiet import as_rank_zero, quiet
+from fl_lightning.local.recalibration import reset_statistics
 from fl_lightning.local.recorder import ClientLogger, Record
 from fl_lightning.local.settings import LocalSettings
 from fl_lightning.local.worker import Worker, load_tensors, moved, read_tensors
@@ -131,6 +132,24 @@ class LightningLoop:
             run = _Run(self, task, data, memory, logger)
             update = run.phases()
         return update, logger.take() if logger is not None else []
+
+    def recalibrate(self, task: ClientTask, data: ClientData, names: Sequence[str]) -> tuple[Tree, int]:
+        """Return the running statistics that the broadcast model sees on a client's training data, and its size."""
+        with forked_rng(task.seed), quiet(), as_rank_zero(), alone():
+            self.worker.restore()
+            observer = _Observer(data.num_examples, self.trainer._log_every)
+            self.trainer.renew(1, None, [observer], None, 0)
+
+            def prepare(module: torch.nn.Module) -> None:
+                load_tensors(module, _starting_trees(self.settings, task, {}))
+                reset_statistics(module)
+
+            strategy = self.trainer.client_strategy
+            strategy.before_setup = prepare
+            # the pass moves no weight: only the statistics are wanted
+            strategy.after_optimizers = lambda optimizers, configs: scale_learning_rates(optimizers, configs, 0.0)
+            self.trainer.fit_client(self.worker.module, train_dataloaders=data.train, datamodule=data.datamodule)
+            return read_tensors(self.worker.module, names), observer.num_examples
 
     def validate(self, task: ClientTask, dataloaders: Any, memory: Memory) -> MetricSums:
         """Evaluate the broadcast model on a client's own data and return the mergeable sums."""
