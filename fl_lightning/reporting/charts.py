@@ -1,0 +1,160 @@
+"""Pictures of a federation in TensorBoard: histograms and spreads over clients, and who has which data."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from fl_lightning.data.picture import partition_figure
+from fl_lightning.errors import MisconfigurationException
+from fl_lightning.metrics import higher_is_better, spread
+from fl_lightning.reporting.client_curves import is_logger
+from fl_lightning.reporting.recorder import Record, scalar_of
+from fl_lightning.types import ClientId, RoundReport
+
+__all__ = ["RoundCharts", "add_client_histograms", "client_layout", "spread_metrics"]
+
+_SHOWN = ("min", "median", "max", "worst_decile")
+_BINS = 30  # linear; TensorBoard's own bins grow by a tenth each and show ten clients as ten needles
+
+
+class _ClientResult(Protocol):
+    """What :meth:`RoundCharts.round` reads of a client's result."""
+
+    client_id: ClientId
+    num_examples: int
+    update_norm: float
+    records: list[Record]
+
+
+def add_client_histograms(writer: Any, round: int, values: Mapping[str, Mapping[ClientId, float]]) -> None:
+    """Add one histogram over clients for each name.
+
+    Args:
+        writer: a ``SummaryWriter``.
+        round: the 0-based round, which is the step.
+        values: by tag and client; what is not finite is left out, as is a histogram of nothing.
+    """
+    for tag, by_client in values.items():
+        finite = [float(value) for value in by_client.values() if math.isfinite(value)]
+        if finite:
+            writer.add_histogram(tag, np.asarray(finite), round, bins=_BINS)
+
+
+def spread_metrics(name: str, values: Mapping[ClientId, float]) -> dict[str, float]:
+    """Return ``<name>/min``, ``/median``, ``/max`` and ``/worst_decile`` of one metric over clients.
+
+    The worst decile is the mean of the worst tenth of the clients, at least one; whether low or high is worst is read
+    off the name (:func:`fl_lightning.metrics.higher_is_better`).
+
+    Example:
+        >>> spread_metrics("clients/val_acc", {"a": 0.5, "b": 0.75, "c": 1.0})["clients/val_acc/worst_decile"]
+        0.5
+    """
+    numbers = spread(values, higher_is_better=higher_is_better(name))
+    return {f"{name}/{number}": numbers[number] for number in _SHOWN}
+
+
+def client_layout(names: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """Return the layout of TensorBoard's *Custom scalars* tab, for ``SummaryWriter.add_custom_scalars``.
+
+    Each metric has a margin chart (the median between minimum and maximum over clients) and a chart of its global
+    value beside the median and the worst decile of clients.
+
+    Args:
+        names: metrics whose spread is logged, ``"clients/val_acc"`` for example.
+
+    Example:
+        >>> charts = client_layout(["clients/val_acc"])["Spread over clients"]
+        >>> charts["val_acc: median, from the worst client to the best"][1][0]
+        'clients/val_acc/median'
+    """
+    layout: dict[str, dict[str, list[Any]]] = {"Spread over clients": {}, "Who is left behind": {}}
+    for name in sorted(names):
+        title = name.removeprefix("clients/")
+        margin = ["Margin", [f"{name}/median", f"{name}/min", f"{name}/max"]]
+        layout["Spread over clients"][f"{title}: median, from the worst client to the best"] = margin
+        # a multiline chart takes patterns, unanchored ones unless they say otherwise
+        tags = [f"^{re.escape(tag)}$" for tag in (name, f"{name}/median", f"{name}/worst_decile")]
+        layout["Who is left behind"][f"{title}: global, median and worst tenth of clients"] = ["Multiline", tags]
+    return layout
+
+
+class RoundCharts:
+    """Draws the federation's pictures in every TensorBoard logger; without one it only computes.
+
+    Args:
+        loggers: the federation's loggers.
+    """
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self._loggers = [logger for logger in loggers if is_logger(logger, "TensorBoardLogger")]
+        self._in_layout: set[str] = set()
+
+    def round(self, report: RoundReport, results: Iterable[_ClientResult]) -> None:
+        """Add the round's histograms over clients.
+
+        ``round/update_norm`` and ``round/num_examples`` are over all clients of the cohort; ``round/<name>`` over those
+        whose curves are kept, each with the last value that it logged in this round.
+
+        Args:
+            report: the round's report; only clients of its cohort are drawn.
+            results: what came back from the clients.
+        """
+        if not self._loggers:
+            return
+        cohort = set(report.cohort)
+        norms: dict[ClientId, float] = {}
+        sizes: dict[ClientId, float] = {}
+        last: dict[str, dict[ClientId, float]] = {}
+        for result in results:
+            if result.client_id not in cohort:
+                continue
+            norms[result.client_id] = result.update_norm
+            sizes[result.client_id] = result.num_examples
+            for name, value, _ in filter(None, map(scalar_of, result.records)):
+                last.setdefault(f"round/{name}", {})[result.client_id] = value
+        for writer in self._writers():
+            add_client_histograms(
+                writer, report.round, {**last, "round/update_norm": norms, "round/num_examples": sizes}
+            )
+
+    def spread(self, name: str, values: Mapping[ClientId, float]) -> dict[str, float]:
+        """Return the spread of a metric over clients, to be logged, and give it its charts.
+
+        Args:
+            name: ``"clients/<metric>"``, under which the global value is logged.
+            values: each client's own value.
+        """
+        if name not in self._in_layout:
+            # one layout counts in a run, the newest; it is written again only when it has grown
+            self._in_layout.add(name)
+            for writer in self._writers():
+                writer.add_custom_scalars(client_layout(self._in_layout))
+        return spread_metrics(name, values)
+
+    def partition(self, source: Any) -> None:
+        """Add the picture of who has which labels, if the data know their labels and matplotlib is installed.
+
+        Args:
+            source: the data; drawn if it has ``label_counts()`` as :class:`fl_lightning.data.FederatedDataModule` has.
+        """
+        if not self._loggers or not hasattr(source, "label_counts"):
+            return
+        try:
+            client_ids, classes, counts = source.label_counts()
+            distances = source.distance_to_global() if hasattr(source, "distance_to_global") else None
+            for writer in self._writers():
+                writer.add_figure("data/partition", partition_figure(client_ids, classes, counts, distances), 0)
+        except (MisconfigurationException, ModuleNotFoundError) as error:
+            rank_zero_info(f"No picture of the partition: {error}")
+
+    def _writers(self) -> list[Any]:
+        loggers: list[Any] = self._loggers
+        return [logger.experiment for logger in loggers]

@@ -1,0 +1,96 @@
+"""What the progress bars say of a round, and when they say it."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+__all__ = ["RoundClock", "is_live", "line_is_due", "max_rounds", "metric_texts", "round_line", "shown_metrics", "title"]
+
+_LINES = 20  # of a whole run, where the output is a file and no terminal
+_FALLBACK = 4  # metrics that are shown when the module logs none with `prog_bar=True`
+
+
+class RoundClock:
+    """How far a round is: clients done, and examples a second."""
+
+    def __init__(self) -> None:
+        self.done = self.total = 0
+        self._num_examples = 0
+        self._started = time.monotonic()
+        # until the first client of a round is done, the rate is that of the round before
+        self.rate = ""
+
+    def start(self) -> None:
+        """Begin a round."""
+        self.done = self._num_examples = 0
+        self._started = time.monotonic()
+
+    def client_ended(self, done: int, total: int, num_examples: int) -> None:
+        """Count a client; the rate stands still after the last one, because the server's own work is no examples."""
+        self.done, self.total = done, total
+        self._num_examples += num_examples
+        seconds = time.monotonic() - self._started
+        if seconds > 0:
+            self.rate = f"{self._num_examples / seconds:,.0f} examples/s"
+
+    @property
+    def fraction(self) -> float:
+        """The part of the cohort that is done, in [0, 1]."""
+        return self.done / self.total if self.total else 0.0
+
+    @property
+    def clients(self) -> str:
+        """``clients 7/10``."""
+        return f"clients {self.done}/{self.total}"
+
+
+def max_rounds(trainer: pl.Trainer) -> int | None:
+    """Return the rounds of the whole run, ``None`` when only something else ends it."""
+    return trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None
+
+
+def title(trainer: pl.Trainer) -> str:
+    """Return ``Round 12/100``; people count from one."""
+    rounds = max_rounds(trainer)
+    return f"Round {trainer.current_epoch + 1}" + (f"/{rounds}" if rounds is not None else "")
+
+
+def shown_metrics(bar: ProgressBar, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Any]:
+    """Return what the module shows on the bar; when it shows nothing, the first of what it logs."""
+    metrics = bar.get_metrics(trainer, pl_module)
+    if trainer.progress_bar_metrics:
+        return metrics
+    logged = [(name, float(value)) for name, value in trainer.callback_metrics.items() if "/" not in name]
+    return {**metrics, **dict(logged[:_FALLBACK])}
+
+
+def metric_texts(metrics: Mapping[str, Any]) -> list[str]:
+    """Return ``name=value`` of each metric, in Lightning's format, which keeps its width."""
+    return [f"{name}={value if isinstance(value, str) else Tqdm.format_num(value)}" for name, value in metrics.items()]
+
+
+def is_live() -> bool:
+    """Return whether the output is redrawn, as a terminal's is and a file's is not."""
+    # a notebook is no terminal, but redraws; its interpreter has a prompt
+    return sys.stdout.isatty() or hasattr(sys, "ps1")
+
+
+def line_is_due(trainer: pl.Trainer, refresh_rate: float) -> bool:
+    """A file gets at most about twenty lines in a run, evenly spaced, the last round's among them."""
+    round, rounds = trainer.current_epoch + 1, max_rounds(trainer)
+    every = max(1, int(refresh_rate), math.ceil((rounds or 1000) / _LINES))
+    return round % every == 0 or round == rounds or trainer.should_stop
+
+
+def round_line(bar: ProgressBar, clock: RoundClock, trainer: pl.Trainer) -> str:
+    """Return ``clients 7/10, 5,234 examples/s, val_acc=0.913``."""
+    parts = [clock.clients, clock.rate, *metric_texts(shown_metrics(bar, trainer, trainer.lightning_module))]
+    return ", ".join(part for part in parts if part)
