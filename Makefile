@@ -32,7 +32,7 @@ types: $(VENV)/dev.stamp ## mypy, strict on the package
 	$(BIN)/mypy
 
 docs: $(VENV)/docs.stamp ## build the documentation into site/, warnings are errors
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 docs-serve: $(VENV)/docs.stamp ## show the documentation on 127.0.0.1:8000 while you write
 	$(BIN)/mkdocs serve
