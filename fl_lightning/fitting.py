@@ -83,7 +83,7 @@ class FederatedFit:
         self.rounds = RoundsFile(folder / "rounds.jsonl") if trainer.is_global_zero and not trainer.fast_dev_run else None
         self._resume(folder)
         settings = federation.local_settings(trainer.local_settings())
-        settings.save_dir = str(folder)
+        settings.save_dir, settings.has_loggers = str(folder), bool(trainer.loggers)
         half = ClientHalf(
             self.worker, federation.algorithm, settings, self.population, federation.store, self.curves.wants
         )

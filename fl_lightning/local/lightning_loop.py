@@ -125,7 +125,10 @@ class LightningLoop:
         Raises:
             EmptyClientError: when the client's loader gave no batch.
         """
-        logger = ClientLogger(self.settings.save_dir) if logged else None
+        settings = self.settings
+        logger = None
+        if settings.has_loggers:  # a client whose curve nobody keeps still finds a logger, which swallows every call
+            logger = ClientLogger(logged, settings.save_dir, step_offset=task.work.step_offset)
         with ExitStack() as stack:
             for context in (forked_rng(task.seed), quiet(), as_rank_zero(), alone()):
                 stack.enter_context(context)

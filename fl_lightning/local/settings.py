@@ -30,6 +30,7 @@ class LocalSettings:
         static: values that neither travel nor change: frozen parameters and the server's other buffers.
         device: where this process trains.
         save_dir: the federation's log folder.
+        has_loggers: whether the federation logs at all; clients find ``self.logger`` exactly then.
     """
 
     trainer_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -43,3 +44,4 @@ class LocalSettings:
     static: Tree = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     save_dir: str | None = None
+    has_loggers: bool = False

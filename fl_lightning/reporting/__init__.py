@@ -9,7 +9,7 @@ from fl_lightning.reporting.progress import (
     FederatedTQDMProgressBar,
     federated_progress_bar,
 )
-from fl_lightning.reporting.recorder import ClientLogger, Record
+from fl_lightning.local.recorder import ClientLogger, Record
 from fl_lightning.reporting.rounds_file import RoundsFile
 from fl_lightning.reporting.versions import continue_runs, continue_version, newest_checkpoint, newest_version
 
