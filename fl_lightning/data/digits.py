@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fl_lightning.data.optional import require
+from fl_lightning.data.scikit_learn import load_digits
 from fl_lightning.data.tensors import PooledTensors, Split, check_fractions, split_randomly
 
 __all__ = ["DigitsDataModule"]
@@ -47,8 +47,7 @@ class DigitsDataModule(PooledTensors):
         self.seed = seed
 
     def load(self) -> Split:
-        datasets = require("sklearn.datasets", "DigitsDataModule", "scikit-learn")
-        pixels, labels = datasets.load_digits(return_X_y=True)
+        pixels, labels = load_digits()
         images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16.0  # the pixels count to 16
         return split_randomly(
             images, torch.tensor(labels, dtype=torch.int64), self.val_fraction, self.test_fraction, self.seed, "digits"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from fl_lightning.data.optional import package_folder, require
+from fl_lightning.data.optional import package_folder
+from fl_lightning.data.scikit_learn import train_test_indices
 from fl_lightning.data.tensors import NaturalTensors, Split, check_fractions
 from fl_lightning.types import ClientId
 
@@ -80,14 +80,7 @@ class HeartDiseaseDataModule(NaturalTensors):
         labels = torch.tensor([int(row["num"]) > 0 for row in rows]).to(torch.int64)
         # FLamby's rule: hospitals with too few patients of one class are not stratified
         stratify = labels.numpy() if int(labels.bincount(minlength=2).min()) > 2 else None
-        select = require("sklearn.model_selection", "HeartDiseaseDataModule", "scikit-learn")
-        train, test = select.train_test_split(
-            np.arange(len(rows)),
-            test_size=1.0 - _TRAIN_FRACTION,
-            train_size=_TRAIN_FRACTION,
-            random_state=self.split_seed,
-            stratify=stratify,
-        )
+        train, test = train_test_indices(len(rows), _TRAIN_FRACTION, self.split_seed, stratify)
         if self.normalize:
             spread = features[train].std(dim=0)
             # Switzerland recorded every cholesterol as 0

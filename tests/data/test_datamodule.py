@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 import pickle
 from pathlib import Path
 from typing import Any
@@ -127,8 +129,10 @@ def test_third_party_and_duck_modules() -> None:
         wrapped = FederatedDataModule(inner, IID(4))  # type: ignore[arg-type]
         wrapped.setup("fit")
         wrapped.teardown("fit")
-        assert is_overridden("train_dataloader", wrapped) and not is_overridden("val_dataloader", wrapped)
-        assert wrapped.client_size(3) == 10 and wrapped.client_eval_dataloader(3) is None
+        assert is_overridden("train_dataloader", wrapped)
+        assert not is_overridden("val_dataloader", wrapped)
+        assert wrapped.client_size(3) == 10
+        assert wrapped.client_eval_dataloader(3) is None
 
 
 @pytest.mark.parametrize("hold_out", [0.0, 0.5])
@@ -142,7 +146,8 @@ def test_in_a_plain_trainer_it_is_the_wrapped_module(tmp_path: Path, hold_out: f
         return [parameter.detach() for parameter in model.parameters()], inner.calls
 
     (ours, our_calls), (theirs, their_calls) = run(True), run(False)
-    assert our_calls == their_calls and our_calls.count("train_dataloader") == 1
+    assert our_calls == their_calls
+    assert our_calls.count("train_dataloader") == 1
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -173,7 +178,8 @@ def test_trainer_and_attributes_pass_through() -> None:
     wrapped = FederatedDataModule(inner, IID(3))
     marker = object()
     wrapped.trainer = marker
-    assert inner.trainer is marker and wrapped.trainer is marker
+    assert inner.trainer is marker
+    assert wrapped.trainer is marker
     assert wrapped.num_classes == 4  # modules read self.trainer.datamodule.num_classes
     assert not hasattr(wrapped, "client_datamodule")
 
@@ -192,7 +198,8 @@ def test_clients_have_all_examples_once_and_the_loader_is_asked_once() -> None:
     assert sorted(rows) == list(range(40))
     assert inner.calls.count("train_dataloader") == 1
     assert [wrapped.client_size(client) for client in wrapped.client_ids()] == wrapped.partition.sizes().tolist()
-    assert wrapped.client_dataloader(0).batch_size == 4 and wrapped.client_dataloader(0, batch_size=2).batch_size == 2
+    assert wrapped.client_dataloader(0).batch_size == 4
+    assert wrapped.client_dataloader(0, batch_size=2).batch_size == 2
     wrapped.setup("fit")  # other data may be there now
     wrapped.client_dataloader(0)
     assert inner.calls.count("train_dataloader") == 2
@@ -207,13 +214,15 @@ def test_held_out_examples() -> None:
     wrapped.setup("fit")
     for client in range(4):
         train, held_out = rows_of(wrapped.client_dataloader(client)), rows_of(wrapped.client_val_dataloader(client))
-        assert len(held_out) == 3 and len(train) == wrapped.client_size(client) == 7
+        assert len(held_out) == 3
+        assert len(train) == wrapped.client_size(client) == 7
         assert sorted(train + held_out) == sorted(wrapped.partition[client].tolist())
         assert held_out == sorted(held_out) == rows_of(wrapped.client_val_dataloader(client))
     assert FederatedDataModule(Toy(), IID(40), 0.9).client_val_fraction == 0.9
     lonely = FederatedDataModule(Toy(), IID(40), 0.9)
     lonely.setup("fit")
-    assert lonely.client_size(3) == 1 and lonely.client_val_dataloader(3) is None  # never an empty client
+    assert lonely.client_size(3) == 1
+    assert lonely.client_val_dataloader(3) is None
     nothing = FederatedDataModule(Toy(), IID(4))
     nothing.setup("fit")
     assert nothing.client_val_dataloader(0) is None
@@ -223,7 +232,8 @@ def test_evaluation_clients_share_the_validation_data() -> None:
     wrapped = FederatedDataModule(Toy(), Dirichlet(30, 0.1, seed=1))
     wrapped.setup("fit")
     parts = [rows_of(wrapped.client_eval_dataloader(client)) for client in wrapped.client_ids()]
-    assert sorted(sum(parts, [])) == list(range(20)) and [] in parts
+    assert sorted(functools.reduce(operator.iadd, parts, [])) == list(range(20))
+    assert [] in parts
     for client, part in zip(wrapped.client_ids(), parts, strict=True):
         assert (wrapped.client_eval_dataloader(client) is None) == (not part)
 
@@ -254,7 +264,8 @@ def test_natural_clients_keep_their_names_in_validation() -> None:
     inner = lightning.LightningDataModule.from_datasets(Sites(["b", "a", "b"]), Sites(["b", "c"]), batch_size=2)
     wrapped = FederatedDataModule(inner, Natural("sites"))
     assert wrapped.client_ids() == ["a", "b"]
-    assert wrapped.client_eval_dataloader("a") is None and rows_of(wrapped.client_eval_dataloader("b")) == [0.0]
+    assert wrapped.client_eval_dataloader("a") is None
+    assert rows_of(wrapped.client_eval_dataloader("b")) == [0.0]
 
 
 def test_label_counts_and_distances() -> None:
@@ -269,7 +280,8 @@ def test_label_counts_and_distances() -> None:
     expected = [cityblock(row / row.sum(), np.full(4, 0.25)) / 2 for row in counts]
     np.testing.assert_allclose(wrapped.distance_to_global(), expected)
     ids, _, counts = wrapped.label_counts(max_clients=3)
-    assert ids == [0, 2, 5] and counts.shape == (3, 4)
+    assert ids == [0, 2, 5]
+    assert counts.shape == (3, 4)
     np.testing.assert_allclose(wrapped.distance_to_global(3), np.array(expected)[ids])  # global means everyone
 
 

@@ -55,7 +55,8 @@ def test_digits_are_learned_in_a_plain_trainer(tmp_path: Path, federated: bool) 
     assert {"train_loss", "train_acc", "val_loss", "val_acc"} <= set(trainer.callback_metrics)
     assert trainer.test(module, datamodule=digits, verbose=False)[0]["test_acc"] > 0.93
     predictions = module.predict_step(next(iter(digits.val_dataloader())), 0)
-    assert predictions.shape == (180,) and predictions.dtype == torch.int64
+    assert predictions.shape == (180,)
+    assert predictions.dtype == torch.int64
 
 
 def test_hyperparameters_come_back(tmp_path: Path) -> None:
@@ -68,7 +69,8 @@ def test_hyperparameters_come_back(tmp_path: Path) -> None:
     trainer.fit(module, datamodule=DigitsDataModule())
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     again = DigitsClassifier.load_from_checkpoint(tmp_path / "model.ckpt")
-    assert again.hparams["hidden"] == 7 and again.lr == 0.3
+    assert again.hparams["hidden"] == 7
+    assert again.lr == 0.3
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True))
 
 

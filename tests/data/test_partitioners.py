@@ -53,13 +53,15 @@ def test_pure_in_the_seed(name: str, digits: TensorDataset) -> None:
     state = torch.get_rng_state(), np.random.get_state()[1].tobytes()
     np.testing.assert_array_equal(draw(1), draw(1))
     assert not np.array_equal(draw(1), draw(2))
-    assert torch.equal(state[0], torch.get_rng_state()) and state[1] == np.random.get_state()[1].tobytes()
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert state[1] == np.random.get_state()[1].tobytes()
 
 
 @pytest.mark.parametrize("name", ["dirichlet", "dirichlet-extreme", "quantity", "iid", "shards"])
 def test_min_size_is_honoured(name: str, digits: TensorDataset) -> None:
     partition = MAKERS[name](min_size=40).split(digits)
-    assert partition.sizes().min() >= 40 and partition.sizes().sum() == len(digits)
+    assert partition.sizes().min() >= 40
+    assert partition.sizes().sum() == len(digits)
 
 
 def test_min_size_repair_leaves_large_clients_as_drawn(digits: TensorDataset) -> None:
@@ -173,13 +175,15 @@ def test_natural_integers_come_back_as_integers() -> None:
 
 def test_natural_leaves_out_small_clients() -> None:
     partition = Natural("site", min_size=2).split(Visits(["a", "b", "a"]))
-    assert list(partition) == ["a"] and partition["a"].tolist() == [0, 2]
+    assert list(partition) == ["a"]
+    assert partition["a"].tolist() == [0, 2]
 
 
 def test_empty_validation_clients_are_allowed() -> None:
     for partitioner in (IID(5), Quantity(5, 1.0), Shards(5), Dirichlet(5, 0.5)):
         partition = partitioner.split(TensorDataset(torch.zeros(2, 1), torch.tensor([0, 1])), allow_empty=True)
-        assert partition.sizes().sum() == 2 and len(partition) == 5
+        assert partition.sizes().sum() == 2
+        assert len(partition) == 5
         empty = partitioner.split(TensorDataset(torch.zeros(0, 1), torch.zeros(0).long()), allow_empty=True)
         assert empty.sizes().sum() == 0
 
@@ -227,5 +231,6 @@ def test_bad_input(act: Callable[[], object], message: str) -> None:
 
 def test_a_million_clients_cost_one_permutation() -> None:
     partition = IID(10**6).split(range(2 * 10**6))
-    assert isinstance(partition.client_ids, range) and partition[999_999].base is not None  # a view, no copy
+    assert isinstance(partition.client_ids, range)
+    assert partition[999_999].base is not None
     assert partition.size(0) == 2

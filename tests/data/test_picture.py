@@ -31,7 +31,9 @@ def test_many_classes_share_one_colour() -> None:
     counts[:, 7] = 5
     figure = partition_figure(["a", "b", "c"], [f"word {i}" for i in range(50)], counts)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(labels) == 20 and labels[0] == "other" and "word 7" in labels
+    assert len(labels) == 20
+    assert labels[0] == "other"
+    assert "word 7" in labels
     assert sum(container[0].get_height() for container in figure.axes[0].containers) == counts[0].sum()
 
 

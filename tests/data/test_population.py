@@ -52,7 +52,8 @@ def test_mapping() -> None:
     a, b = loader(3), loader(5)
     population = as_population({"b": b, "a": a})
     assert isinstance(population, Population)
-    assert population.client_ids() == ["b", "a"] and population.client_dataloader("a") is a
+    assert population.client_ids() == ["b", "a"]
+    assert population.client_dataloader("a") is a
     assert (population.client_size("a"), population.client_size("b")) == (3, 5)
     assert population.client_val_dataloader("a") is population.client_datamodule("a") is None
     assert as_population(population) is population
@@ -69,7 +70,8 @@ def test_a_mapping_may_change_between_rounds() -> None:
 def test_a_client_may_be_a_data_module(package: Any) -> None:
     module = package.LightningDataModule.from_datasets(TensorDataset(torch.zeros(6, 1)), batch_size=2)
     population = as_population({1: module, "1": loader()})
-    assert population.client_datamodule(1) is module and population.client_datamodule("1") is None
+    assert population.client_datamodule(1) is module
+    assert population.client_datamodule("1") is None
     assert population.client_size(1) == 6
 
 
@@ -78,7 +80,8 @@ def test_federated_data_module() -> None:
         TensorDataset(torch.zeros(10, 1)), TensorDataset(torch.zeros(4, 1)), batch_size=4
     )
     population = as_population(FederatedDataModule(inner, IID(3)))
-    assert population.client_ids() == range(3) and population.client_size(0) == 4
+    assert population.client_ids() == range(3)
+    assert population.client_size(0) == 4
     assert population.client_dataloader(0, batch_size=2).batch_size == 2
     assert sum(len(population.client_eval_dataloader(client).dataset) for client in range(3)) == 4
 
@@ -103,7 +106,10 @@ def test_a_range_is_never_scanned_and_a_long_sequence_once() -> None:
     population = as_population(Clients(ids))
     first = population.client_ids()
     looks = ids.looks
-    assert first is ids and looks >= 20_000 and population.client_ids() is ids and ids.looks == looks
+    assert first is ids
+    assert looks >= 20_000
+    assert population.client_ids() is ids
+    assert ids.looks == looks
     ids.length += 1  # clients joined
     population.client_ids()
     assert ids.looks > looks
@@ -152,7 +158,8 @@ def test_own_client_size_wins() -> None:
             return np.int64(42)
 
     size = client_size(Sized([0], loader(3)), 0)
-    assert size == 42 and type(size) is int
+    assert size == 42
+    assert type(size) is int
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,9 @@ def test_stored_attributes(name: str, kind: Any) -> None:
     dataset = Stored(name, kind(LABELS))
     nest = ConcatDataset([Subset(Subset(dataset, [3, 1, 0]), [1, 2]), dataset])
     found = find_targets(nest)
-    assert found is not None and found.tolist() == [0, 2, *LABELS] and found.dtype == np.int64
+    assert found is not None
+    assert found.tolist() == [0, 2, *LABELS]
+    assert found.dtype == np.int64
 
 
 def test_column_of_a_hub_style_data_set() -> None:
@@ -67,7 +69,8 @@ def test_column_of_a_hub_style_data_set() -> None:
             return LABELS if index == "label" else super().__getitem__(index)
 
     found = find_targets(Columns("other", None))
-    assert found is not None and found.tolist() == LABELS
+    assert found is not None
+    assert found.tolist() == LABELS
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,8 @@ def test_samples(make: Any) -> None:
     dataset = Sampled([make(y) for y in LABELS])
     state = torch.get_rng_state()
     found = find_targets(Subset(dataset, [0, 2]))
-    assert found is not None and found.tolist() == [2, 1]
+    assert found is not None
+    assert found.tolist() == [2, 1]
     assert torch.equal(state, torch.get_rng_state())  # augmentations must not shift the run's random numbers
     assert find_targets(dataset, iterate=False) is None
 
