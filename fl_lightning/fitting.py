@@ -19,6 +19,7 @@ from fl_lightning.federation import Federation, RoundOutcome
 from fl_lightning.local.client import ClientHalf
 from fl_lightning.local.worker import copied_module
 from fl_lightning.reporting import ClientCurves, RoundCharts, RoundsFile, cut_logs
+from fl_lightning.seeding import root_seed
 from fl_lightning.server import twin_of
 from fl_lightning.store import ClientStore
 from fl_lightning.traveling import batch_norm_buffers
@@ -103,7 +104,7 @@ class FederatedFit:
     def _common_seed(self) -> int:
         if self._restored is not None:
             return int(self._restored["seed"])
-        seed: int = self.trainer.strategy.broadcast(self.trainer.settings.seed)
+        seed: int = self.trainer.strategy.broadcast(root_seed())
         return seed
 
     def _run_folder(self) -> Path:

@@ -29,7 +29,6 @@ from fl_lightning.local.settings import LocalSettings
 from fl_lightning.precision import ServerPrecision
 from fl_lightning.reporting import continue_version, federated_progress_bar, newest_checkpoint
 from fl_lightning.schedules import Sampler, UniformSampler
-from fl_lightning.seeding import root_seed
 from fl_lightning.server import RoundLoader, as_lightning, federated
 from fl_lightning.types import RoundReport
 from fl_lightning.validation import check_arguments
