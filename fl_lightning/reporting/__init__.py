@@ -1,5 +1,6 @@
 """What a user sees of a federation: client curves, charts, the file of rounds, logs that go on, progress."""
 
+from fl_lightning.local.recorder import ClientLogger, Record
 from fl_lightning.reporting.charts import RoundCharts, add_client_histograms, client_layout, spread_metrics
 from fl_lightning.reporting.client_curves import ClientCurves
 from fl_lightning.reporting.client_names import LogClients, safe_name
@@ -9,7 +10,6 @@ from fl_lightning.reporting.progress import (
     FederatedTQDMProgressBar,
     federated_progress_bar,
 )
-from fl_lightning.local.recorder import ClientLogger, Record
 from fl_lightning.reporting.rounds_file import RoundsFile
 from fl_lightning.reporting.versions import continue_runs, continue_version, newest_checkpoint, newest_version
 

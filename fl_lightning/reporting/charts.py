@@ -13,9 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fl_lightning.data.picture import partition_figure
 from fl_lightning.errors import MisconfigurationException
+from fl_lightning.local.recorder import Record, scalar_of
 from fl_lightning.metrics import higher_is_better, spread
 from fl_lightning.reporting.client_curves import is_logger
-from fl_lightning.local.recorder import Record, scalar_of
 from fl_lightning.types import ClientId, RoundReport
 
 __all__ = ["RoundCharts", "add_client_histograms", "client_layout", "spread_metrics"]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import Logger
 
-from fl_lightning.reporting.client_names import AUTO_CLIENTS, LogClients, client_filter, first_wanted, safe_name
 from fl_lightning.local.recorder import Record, scalar_of
+from fl_lightning.reporting.client_names import AUTO_CLIENTS, LogClients, client_filter, first_wanted, safe_name
 from fl_lightning.types import ClientId
 
 if TYPE_CHECKING:
