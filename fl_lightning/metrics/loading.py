@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, TypeVar
 
@@ -9,9 +10,11 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.regression import NormalizedRootMeanSquaredError
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.wrappers import MetricTracker, MinMaxMetric
 
+from fl_lightning.metrics.moments import pooled_moments
 from fl_lightning.metrics.states import AnyMetric, Leaf, MetricState, children, start_of_sum
 
 __all__ = ["load_metric_state"]
@@ -60,7 +63,8 @@ def _without_graphs(metric: AnyMetric) -> dict[int, Tensor]:
 
 
 def _reset(metric: AnyMetric) -> None:
-    metric.reset()
+    if not isinstance(metric, MetricTracker):  # it would reset its last step, which it may not have
+        metric.reset()
     for _, child in children(metric):  # some wrappers reset themselves only
         _reset(child)
 
@@ -94,6 +98,12 @@ def _fill_own(metric: Metric, state: MetricState) -> None:
     if state["updates"]:
         for name, leaf in state["states"].items():
             setattr(metric, name, _value(metric, name, leaf))
+        if isinstance(metric, NormalizedRootMeanSquaredError) and len(state["states"]["total"]["value"]) > 1:
+            stacks = {
+                name: getattr(metric, name) for name, leaf in state["states"].items() if leaf["reduce"] == "stack"
+            }
+            for name, pooled in pooled_moments(stacks).items():
+                setattr(metric, name, pooled)
         metric._update_count = state["updates"]
 
 
@@ -101,19 +111,18 @@ def _value(metric: Metric, name: str, leaf: Leaf) -> Tensor | list[Tensor]:
     value, default = leaf["value"], metric._defaults[name]
     if isinstance(value, list):
         tensors = [tensor.to(metric.device, copy=True) for tensor in value]
-        return tensors if leaf["reduce"] == "list" else _reduced(metric._reductions[name], tensors)
+        reduction: Any = metric._reductions[name]  # torchmetrics allows strings in the annotation, and resolves them
+        return tensors if leaf["reduce"] == "list" else _reduced(reduction, tensors)
     if leaf["reduce"] == "sum" and isinstance(default, Tensor):
         start = start_of_sum(default)
         value = value + start if bool(start.any()) else value
     return value.to(dtype=getattr(torch, leaf["dtype"]), copy=True).to(metric.device)
 
 
-def _reduced(reduction: Any, tensors: list[Tensor]) -> Tensor:
+def _reduced(reduction: Callable[[Any], Tensor] | None, tensors: list[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]  # one client is not synchronised: the metric's own form
     if reduction is dim_zero_cat:
-        reduced: Tensor = dim_zero_cat(tensors)
-        return reduced
+        return reduction(tensors)
     stacked = torch.stack(tensors)  # (clients, *state.shape)
-    reduced = stacked if reduction is None else reduction(stacked)
-    return reduced
+    return stacked if reduction is None else reduction(stacked)
