@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -52,6 +53,7 @@ class FederatedFit:
         self._open_report: RoundReport | None = None
         self._federation: Federation | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._given_callbacks = {id(callback) for callback in trainer.callbacks}
 
     @property
     def federation(self) -> Federation:
@@ -64,6 +66,7 @@ class FederatedFit:
         """Build the federation; Lightning has set the module up and loaded a checkpoint's weights into it."""
         trainer, module = self.trainer, self.trainer.lightning_module
         same_start(module)
+        self._relax_module_callbacks()
         trainer.settings.seed = self._common_seed()
         self._federation = federation = Federation(
             trainer.settings,
@@ -100,6 +103,14 @@ class FederatedFit:
             self._federation = None
         if self._folder is not None:
             self._folder.cleanup()
+
+    def _relax_module_callbacks(self) -> None:
+        """Let the module's own early stopping wait in vain when the clients validate and the server does not."""
+        if self.trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined():
+            return
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, EarlyStopping) and id(callback) not in self._given_callbacks:
+                callback.strict = False
 
     def _common_seed(self) -> int:
         if self._restored is not None:

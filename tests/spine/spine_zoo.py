@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,17 +81,11 @@ class Classifier(pl.LightningModule):
 
 
 class Sites(pl.LightningDataModule):
-    """A data module that knows its clients; clients may bring validation data."""
+    """A data module that knows its clients, and has nothing for the server; clients may bring validation data."""
 
-    def __init__(
-        self,
-        loaders: Mapping[Any, Any],
-        val: Any = None,
-        client_val: Mapping[Any, Any] | None = None,
-        test: Any = None,
-    ) -> None:
+    def __init__(self, loaders: Mapping[Any, Any], client_val: Mapping[Any, Any] | None = None) -> None:
         super().__init__()
-        self.loaders, self.val, self.test, self.client_val = loaders, val, test, client_val or {}
+        self.loaders, self.client_val = loaders, client_val or {}
 
     def client_ids(self) -> list[Any]:
         return list(self.loaders)
@@ -101,14 +96,18 @@ class Sites(pl.LightningDataModule):
     def client_val_dataloader(self, client_id: Any) -> Any:
         return self.client_val.get(client_id)
 
+
+class ServedSites(Sites):
+    """The same, with the server's own evaluation data."""
+
     def val_dataloader(self) -> Any:
-        return self.val if self.val is not None else []
+        return val_loader()
 
     def test_dataloader(self) -> Any:
-        return self.test if self.test is not None else []
+        return loader(40, seed=77, batch_size=10, shuffle=False)
 
     def predict_dataloader(self) -> Any:
-        return self.test if self.test is not None else []
+        return loader(12, seed=78, batch_size=5, shuffle=False)
 
 
 def fit_federated(module: Any, data: Any, val: Any = None, seed: int = ROOT_SEED, **arguments: Any) -> FederatedTrainer:
@@ -125,7 +124,10 @@ def fit_plain(
     """Fit in a plain ``lightning.Trainer`` with the random numbers of one client's round."""
     trainer = pl.Trainer(**{"max_epochs": epochs, "num_sanity_val_steps": 0, **QUIET, **arguments})
     seed_everywhere(seed_for(ROOT_SEED, round, client, "training"))
-    trainer.fit(module, train, val)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*no `val_dataloader`")
+        warnings.filterwarnings("ignore", ".*batch_size` from an ambiguous collection")
+        trainer.fit(module, train, val)
     return trainer
 
 
@@ -146,13 +148,13 @@ def assert_close(left: Mapping[str, Tensor], right: Mapping[str, Tensor], atol: 
 
 
 def assert_one_ulp(federated: Mapping[str, Tensor], plain: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> None:
-    """Check that ``start + (local - start)`` is ``local`` up to one unit in the last place of the larger of both."""
+    """Check that ``start + (local - start)`` is ``local`` up to one unit in the last place of the largest of the three."""
     assert federated.keys() == plain.keys()
     for name, expected in plain.items():
         if not expected.is_floating_point():
             assert torch.equal(federated[name], expected), name
             continue
-        largest = torch.maximum(expected.abs(), start[name].abs())
+        largest = torch.stack([expected, start[name], expected - start[name]]).abs().amax(0)
         ulp = torch.nextafter(largest, torch.full_like(largest, float("inf"))) - largest
         distance = (federated[name] - expected).abs()
         assert bool((distance <= ulp).all()), f"{name}: {(distance / ulp).max()} ulp"
