@@ -79,8 +79,10 @@ def metric_texts(metrics: Mapping[str, Any]) -> list[str]:
 
 def is_live() -> bool:
     """Return whether the output is redrawn, as a terminal's is and a file's is not."""
+    # a running Rich display puts a file of its own, which is no terminal, before the output
+    output = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
     # a notebook is no terminal, but redraws; its interpreter has a prompt
-    return sys.stdout.isatty() or hasattr(sys, "ps1")
+    return bool(output.isatty()) or hasattr(sys, "ps1")
 
 
 def line_is_due(trainer: pl.Trainer, refresh_rate: float) -> bool:
