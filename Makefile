@@ -53,7 +53,7 @@ $(VENV)/venv.stamp:
 	@touch $@
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/venv.stamp
-	$(PIP) -e .
+	$(PIP) -e '.[plot]'
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/venv.stamp
