@@ -2,5 +2,23 @@
 
 from fl_lightning.algorithms.base import Algorithm
 from fl_lightning.algorithms.fedavg import FedAvg
+from fl_lightning.algorithms.feddyn import FedDyn
+from fl_lightning.algorithms.fednova import FedNova
+from fl_lightning.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from fl_lightning.algorithms.fedprox import FedProx
+from fl_lightning.algorithms.mimelite import MimeLite
+from fl_lightning.algorithms.scaffold import Scaffold
 
-__all__ = ["Algorithm", "FedAvg"]
+__all__ = [
+    "Algorithm",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedDyn",
+    "FedNova",
+    "FedProx",
+    "FedYogi",
+    "MimeLite",
+    "Scaffold",
+]

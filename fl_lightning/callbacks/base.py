@@ -39,12 +39,18 @@ class GradientCorrection(ClientCallback):
 
     Lightning calls the correction in ``on_before_optimizer_step``, for the parameters of that optimizer; the lean
     loop calls :meth:`correct` directly, for one client or for a group under ``torch.func.vmap``.
+
+    Attributes:
+        own: named trees of this client alone (a control variate, say), set by :meth:`begin`. Everything else that
+            :meth:`correct` reads is the same for the whole cohort, so a loop that trains a group stacks ``own`` along a
+            client axis and puts a client's slices there while it calls :meth:`correct` under vmap.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.task: ClientTask | None = None
         self.num_corrections = 0
+        self.own: dict[str, Tree] = {}
 
     def begin(self, task: ClientTask, memory: Memory) -> None:
         self.task = task
@@ -58,6 +64,20 @@ class GradientCorrection(ClientCallback):
             task: the task, with the broadcast model in ``task.broadcast["model"]``.
         """
         raise NotImplementedError(f"{type(self).__name__} must define correct(grads, params, task).")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a correction that is there twice.
+
+        Raises:
+            MisconfigurationException: when another callback of this kind runs beside this one.
+        """
+        others = [c for c in trainer.callbacks if c is not self and isinstance(c, GradientCorrection)]  # type: ignore[attr-defined]
+        if any(isinstance(other, type(self)) or isinstance(self, type(other)) for other in others):
+            raise MisconfigurationException(
+                f"{type(self).__name__} would correct every gradient twice: two callbacks of its kind run in this "
+                "training. Leave out the one in client_callbacks (or callbacks) when the algorithm brings its own, or "
+                "give the sum of both to a single one."
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.task is None:

@@ -1,0 +1,59 @@
+"""Checks of hyperparameters: what was expected, what came, what to do instead."""
+
+from __future__ import annotations
+
+import math
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+__all__ = ["in_unit_interval", "non_negative", "positive"]
+
+
+def non_negative(owner: str, name: str, value: float, hint: str = "") -> float:
+    """Return the value as a float.
+
+    Raises:
+        MisconfigurationException: unless it is a finite number >= 0.
+
+    Example:
+        >>> non_negative("FedProx", "mu", 1)
+        1.0
+    """
+    return _checked(owner, name, value, _is_number(value) and value >= 0, "a finite number >= 0", hint)
+
+
+def positive(owner: str, name: str, value: float, hint: str = "") -> float:
+    """Return the value as a float.
+
+    Raises:
+        MisconfigurationException: unless it is a finite number > 0.
+
+    Example:
+        >>> positive("FedDyn", "alpha", 0.1)
+        0.1
+    """
+    return _checked(owner, name, value, _is_number(value) and value > 0, "a finite number > 0", hint)
+
+
+def in_unit_interval(owner: str, name: str, value: float, hint: str = "") -> float:
+    """Return the value as a float.
+
+    Raises:
+        MisconfigurationException: unless it is in ``[0, 1)``.
+
+    Example:
+        >>> in_unit_interval("FedAvgM", "momentum", 0.9)
+        0.9
+    """
+    return _checked(owner, name, value, _is_number(value) and 0 <= value < 1, "a number in [0, 1)", hint)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _checked(owner: str, name: str, value: float, good: bool, expected: str, hint: str) -> float:
+    if not good:
+        advice = f"; {hint}." if hint else "."
+        raise MisconfigurationException(f"{owner} expected {name} to be {expected}, got {value!r}{advice}")
+    return float(value)
