@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -139,7 +140,8 @@ class ClientTrainer(pl.Trainer):
         except BaseException as error:
             # Lightning's own wrapper would turn Ctrl-C into an exit of the whole program
             call._interrupt(self, error)
-            self._teardown()
+            with suppress(Exception):  # a fit that broke while it was built fails here too; the first error says why
+                self._teardown()
             self.state.stage = None
             raise
 
