@@ -1,8 +1,8 @@
 """The papers' claims as numbers: what each algorithm converges to on quadratics, in closed form.
 
-F_k(x) = h_k/2 (x - e_k)^2, weights p = (.5, .3, .2), optima e = (0, 1, 10), local steps (1, 5, 20), lr .01. One round of
-FedAvg maps x - e_k to (1 - lr h_k)^tau_k (x - e_k) on each client, so with c_k = 1 - (1 - lr h_k)^tau_k its fixed point
-is sum(p c e) / sum(p c); FedNova divides c_k by tau_k.
+F_k(x) = h_k/2 (x - e_k)^2, weights p = (.5, .3, .2), optima e = (0, 1, 10), local steps (1, 5, 20), lr .01. One round
+of FedAvg maps x - e_k to (1 - lr h_k)^tau_k (x - e_k) on each client, so with c_k = 1 - (1 - lr h_k)^tau_k its fixed
+point is sum(p c e) / sum(p c); FedNova divides c_k by tau_k.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def contraction(steps: int, lr: float = 0.01, h: float = 1.0) -> float:
 def test_fedavg_converges_to_another_objective() -> None:
     closed = weighted_fixed_point([contraction(steps) for steps in STEPS])
     assert closed == pytest.approx(6.7512174750, abs=1e-9)
-    values = trajectory(FedAvg(weights=shares), unequal(), rounds=300)
+    values = trajectory(FedAvg(weights=shares), unequal(), rounds=40)
     assert fixed_point(values) == pytest.approx(closed, abs=1e-8)
-    # and it really gets there: the distance shrinks by the factor of the closed form in every round
+    # and it gets there: the distance shrinks by the factor of the closed form in every round
     factor = 1 - sum(p * contraction(steps) for p, steps in zip(WEIGHTS, STEPS, strict=True))
-    assert values[-1] - closed == pytest.approx(-closed * factor**300, rel=1e-5)
+    assert values[-1] - closed == pytest.approx(-closed * factor**40, rel=1e-10)
 
 
 def test_fednova_almost_removes_the_inconsistency() -> None:
@@ -106,11 +106,11 @@ def test_fedavg_sticks_on_the_drifting_pair() -> None:
     [("I", {1: 1.29305, 2: 1.00894, 5: 0.455932}), ("II", {1: 1.29305, 2: 1.06256, 5: 0.490904})],
 )
 def test_scaffold_follows_the_table_and_reaches_the_optimum(option: Any, expected: dict[int, float]) -> None:
-    values = trajectory(Scaffold(option), drifting(), rounds=100, module=Quadratic(1.0, 0.05))
+    values = trajectory(Scaffold(option), drifting(), rounds=30, module=Quadratic(1.0, 0.05))
     for round, value in expected.items():
         assert values[round] == pytest.approx(value, rel=1e-5)
-    assert values == pytest.approx(scaffold_by_hand(option, rounds=100), abs=1e-12)
-    assert abs(values[-1]) < 1e-8
+    assert values == pytest.approx(scaffold_by_hand(option, rounds=30), abs=1e-12)
+    assert abs(scaffold_by_hand(option, rounds=200)[-1]) < 1e-8
 
 
 def scaffold_by_hand(option: str, rounds: int, x: float = 1.0, lr: float = 0.05, steps: int = 10) -> list[float]:
@@ -148,16 +148,15 @@ def test_fedprox_with_exact_local_solves(mu: float) -> None:
     assert fixed_point(values) == pytest.approx(closed, abs=1e-8)
 
 
-@pytest.mark.parametrize("steps", [STEPS, (4, 4, 4)])
-def test_feddyn_reaches_the_true_optimum_for_any_number_of_steps(steps: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("steps", "alpha", "rate"), [(STEPS, 1.0, 0.4), ((4, 4, 4), 0.5, 0.3)])
+def test_feddyn_reaches_the_true_optimum_for_any_number_of_steps(
+    steps: tuple[int, ...], alpha: float, rate: float
+) -> None:
     clients = {n: client(parabola(1.0, e), tau) for n, e, tau in zip("abc", OPTIMA, steps, strict=True)}
-    values = trajectory(FedDyn(alpha=1.0), clients, rounds=120, module=Quadratic(lr=0.2))
+    values = trajectory(FedDyn(alpha), clients, rounds=40, module=Quadratic(lr=rate))
     assert values[-1] == pytest.approx(sum(OPTIMA) / 3, abs=1e-8)
-    assert fixed_point(trajectory(FedAvg(weights="uniform"), clients, 2, Quadratic(lr=0.2))) == pytest.approx(
-        sum(contraction(t, 0.2) * e for t, e in zip(steps, OPTIMA, strict=True))
-        / sum(contraction(t, 0.2) for t in steps),
-        abs=1e-8,
-    )
+    if steps == STEPS:  # where FedAvg does not
+        assert abs(fixed_point(trajectory(FedAvg(weights="uniform"), clients, 2, Quadratic(lr=rate))) - 11 / 3) > 0.5
 
 
 def test_feddyn_follows_the_paper_number_by_number() -> None:
@@ -215,7 +214,7 @@ def test_adaptive_fedprox_measures_the_loss_of_the_global_model() -> None:
     clients = {"a": client(parabola(1.0, 1.0))}
     values = trajectory(FedProx(mu=0.0, adaptive=True), clients, rounds=3, module=Quadratic(0.0, 2.2))
     assert values[1] - 1 == pytest.approx(1.2)
-    assert values[2] - 1 == pytest.approx(-1.2**2)
+    assert values[2] - 1 == pytest.approx(-(1.2**2))
     # one local step starts at the global model, where the proximal term is zero: only a second step feels it
     two = {"a": client(parabola(1.0, 1.0), 2)}
     values = trajectory(FedProx(mu=0.0, adaptive=True), two, rounds=3, module=Quadratic(0.0, 2.2))

@@ -1,0 +1,155 @@
+"""Cohorts are pure in (seed, round), and as likely as their definitions say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Any
+
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fl_lightning.schedules import (
+    FixedSampler,
+    PoissonSampler,
+    PowerOfChoiceSampler,
+    RoundRobinSampler,
+    Sampler,
+    SizeSampler,
+    UniformSampler,
+)
+
+ROUNDS = 4000
+
+
+class Clients:
+    def __init__(self, ids: Sequence[Any], sizes: dict[Any, int] | None = None) -> None:
+        self.ids, self.sizes = ids, sizes
+
+    def client_ids(self) -> Sequence[Any]:
+        return self.ids
+
+    def client_dataloader(self, client_id: Any) -> list[Any]:
+        raise AssertionError("a sampler opens no data")
+
+    def client_size(self, client_id: Any) -> int | None:
+        return self.sizes[client_id] if self.sizes is not None else None
+
+
+SIZES = {"a": 1, "b": 2, "c": 3, "d": 4}
+SAMPLERS: dict[str, Sampler] = {
+    "fixed": FixedSampler([["a", "b"], ["c"]]),
+    "poisson": PoissonSampler(0.5),
+    "power of choice": PowerOfChoiceSampler(3, lambda client_id, round: SIZES[client_id]),
+    "round robin": RoundRobinSampler(),
+    "size": SizeSampler(),
+    "uniform": UniformSampler(),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_cohort_depends_on_seed_and_round_only(name: str) -> None:
+    sampler, clients = SAMPLERS[name], Clients(list(SIZES), SIZES)
+    rounds = [sampler.cohort(clients, 2, seed=1, round=r) for r in range(20)]
+    # asked again, in another order, by another object
+    assert rounds == [sampler.cohort(clients, 2, seed=1, round=r) for r in reversed(range(20))][::-1]
+    assert all(len(set(cohort)) == len(cohort) and set(cohort) <= set(SIZES) for cohort in rounds)
+    assert len({tuple(cohort) for cohort in rounds}) > 1
+    if name != "fixed":
+        assert rounds != [sampler.cohort(clients, 2, seed=2, round=r) for r in range(20)]
+
+
+def test_poisson_cohorts_are_binomial() -> None:
+    clients = Clients(range(50))
+    cohorts = [PoissonSampler(0.1).cohort(clients, 0, seed=3, round=r) for r in range(ROUNDS)]
+    sizes = [len(cohort) for cohort in cohorts]
+    mean = sum(sizes) / ROUNDS
+    assert mean == pytest.approx(5.0, abs=0.15)
+    assert sum((size - mean) ** 2 for size in sizes) / ROUNDS == pytest.approx(50 * 0.1 * 0.9, abs=0.45)
+    # every client as often as any other, and pairs as often as independence says
+    each = Counter(client_id for cohort in cohorts for client_id in cohort)
+    assert min(each.values()) > 0.1 * ROUNDS * 0.8
+    assert max(each.values()) < 0.1 * ROUNDS * 1.2
+    both = sum({0, 1} <= set(cohort) for cohort in cohorts)
+    assert both / ROUNDS == pytest.approx(0.01, abs=0.006)
+    assert all(list(cohort) == sorted(cohort) for cohort in cohorts)
+
+
+def test_poisson_takes_its_rate_from_the_cohort_size_and_reads_no_million_ids() -> None:
+    class Million(Sequence[int]):
+        reads = 0
+
+        def __len__(self) -> int:
+            return 10**6
+
+        def __getitem__(self, index: Any) -> Any:
+            Million.reads += 1
+            return index
+
+    cohort = PoissonSampler().cohort(Clients(Million()), 100, seed=0, round=0)
+    assert 50 < len(cohort) == Million.reads < 160
+    assert PoissonSampler(1.0).cohort(Clients("abc"), 1, seed=0, round=0) == ["a", "b", "c"]
+
+
+def test_sizes_decide_as_successive_draws_do() -> None:
+    """P(first x, then y) = n_x / 10 * n_y / (10 - n_x)."""
+    cohorts = Counter(
+        tuple(SizeSampler().cohort(Clients(list(SIZES), SIZES), 2, seed=5, round=r)) for r in range(ROUNDS)
+    )
+    for first, second in permutations(SIZES, 2):
+        expected = SIZES[first] / 10 * SIZES[second] / (10 - SIZES[first])
+        assert cohorts[first, second] / ROUNDS == pytest.approx(expected, abs=0.025)
+    assert SizeSampler().cohort(Clients(list(SIZES), SIZES), 4, seed=5, round=0) == list(SIZES)
+
+
+def test_power_of_choice_keeps_the_worst_of_its_candidates() -> None:
+    clients, loss = Clients(range(20)), {k: (7 * k) % 20 for k in range(20)}
+    sampler = PowerOfChoiceSampler(6, lambda client_id, round: loss[client_id], by_size=False)
+    for round in range(30):
+        candidates = UniformSampler().cohort(clients, 6, seed=2, round=round)
+        cohort = sampler.cohort(clients, 2, seed=2, round=round)
+        assert cohort == sorted(candidates, key=lambda k: loss[k], reverse=True)[:2]
+
+
+def test_power_of_choice_draws_its_candidates_by_size() -> None:
+    clients = Clients(list(SIZES), SIZES)
+    sampler = PowerOfChoiceSampler(1, lambda client_id, round: 0.0)
+    drawn = [sampler.cohort(clients, 1, seed=9, round=r) for r in range(20)]
+    assert drawn == [SizeSampler().cohort(clients, 1, seed=9, round=r) for r in range(20)]
+
+
+def test_round_robin_gives_everyone_a_turn_before_anyone_has_two() -> None:
+    clients = Clients(range(10))
+    cohorts = [RoundRobinSampler().cohort(clients, 3, seed=4, round=r) for r in range(10)]
+    turns = [client_id for cohort in cohorts for client_id in cohort]
+    assert [sorted(turns[start : start + 10]) for start in (0, 10, 20)] == [list(range(10))] * 3
+    assert turns[:10] != sorted(turns[:10])
+    assert RoundRobinSampler().cohort(clients, 99, seed=4, round=7) != list(range(10))
+    assert sorted(RoundRobinSampler().cohort(clients, 99, seed=4, round=7)) == list(range(10))
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.5])
+def test_a_rate_is_a_probability(rate: float) -> None:
+    with pytest.raises(MisconfigurationException, match=r"rate to be a probability in \(0, 1\], got"):
+        PoissonSampler(rate)
+
+
+def test_sampling_by_size_needs_sizes() -> None:
+    with pytest.raises(MisconfigurationException, match=r"needs the size of client 'a'.*client_size\(id\).*Uniform"):
+        SizeSampler().cohort(Clients(["a", "b"]), 1, seed=0, round=0)
+
+
+def test_power_of_choice_needs_as_many_candidates_as_clients() -> None:
+    with pytest.raises(MisconfigurationException, match="candidates to be an integer >= 1, got 0"):
+        PowerOfChoiceSampler(0, lambda client_id, round: 0.0)
+    with pytest.raises(MisconfigurationException, match="looks at 2 candidates and cannot choose 3"):
+        PowerOfChoiceSampler(2, lambda client_id, round: 0.0).cohort(Clients("abcd"), 3, seed=0, round=0)
+
+
+def test_fixed_cohorts_name_clients_that_exist() -> None:
+    with pytest.raises(MisconfigurationException, match="at least one client each"):
+        FixedSampler([["a"], []])
+    with pytest.raises(MisconfigurationException, match=r"names \['1'\] in round 0.*the first is 1"):
+        FixedSampler([["1"]]).cohort(Clients([1, 2]), 1, seed=0, round=0)
+    assert FixedSampler([[999_999]]).cohort(Clients(range(10**6)), 1, seed=0, round=0) == [999_999]
