@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -31,7 +31,7 @@ from fl_lightning.traveling import BatchNormPolicy, Traveling, batch_norm_buffer
 from fl_lightning.tree import num_bytes
 from fl_lightning.types import ClientId, ClientTask, RoundReport, Tree, Work
 
-__all__ = ["Federation", "FederationSettings", "RoundOutcome"]
+__all__ = ["Federation", "FederationSettings", "RoundOutcome", "rehearsal"]
 
 
 @dataclass(slots=True)
@@ -51,6 +51,15 @@ class FederationSettings:
     evaluate_every_n_rounds: int = 1
     num_lanes: int = 8
     seed: int = 0
+
+
+def rehearsal(settings: FederationSettings) -> FederationSettings:
+    """Return the settings of ``fast_dev_run``: each client passes once over its few batches."""
+    overrides = {
+        client_id: {name: value for name, value in override.items() if name not in ("epochs", "steps")}
+        for client_id, override in settings.client_overrides.items()
+    }
+    return replace(settings, local_epochs=1, local_steps=None, client_overrides=overrides)
 
 
 @dataclass(slots=True)

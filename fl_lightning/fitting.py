@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from fl_lightning.data import ClientPopulation
-from fl_lightning.federation import Federation, RoundOutcome
+from fl_lightning.federation import Federation, RoundOutcome, rehearsal
 from fl_lightning.local.client import ClientHalf
 from fl_lightning.local.worker import copied_module
 from fl_lightning.reporting import ClientCurves, RoundCharts, RoundsFile, cut_logs
@@ -69,7 +69,7 @@ class FederatedFit:
         self._relax_module_callbacks()
         trainer.settings.seed = self._common_seed()
         self._federation = federation = Federation(
-            trainer.settings,
+            rehearsal(trainer.settings) if trainer.fast_dev_run else trainer.settings,
             trainer.sampler,
             trainer.engine,
             self.population,
@@ -304,6 +304,8 @@ class FederatedFit:
 
 def log_values(module: pl.LightningModule, values: dict[str, float]) -> None:
     """Log a round's values: on the step, because a round is one step of the server."""
+    if module.trainer.barebones:
+        return  # it refuses `self.log`; the round's report has the values all the same
     for name, value in values.items():
         module.log(name, float(value), on_step=True, on_epoch=False, rank_zero_only=False)
 

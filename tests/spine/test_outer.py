@@ -1,0 +1,414 @@
+"""Lightning's own features work on rounds: checkpoints, early stopping, loggers, resume, limits, evaluation."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from spine_zoo import (
+    QUIET,
+    Classifier,
+    ServedSites,
+    assert_same_bits,
+    fit_federated,
+    loader,
+    sites,
+    val_loader,
+    weights,
+)
+
+from fl_lightning.algorithms import FedAvg
+from fl_lightning.arguments import TRAINER_ARGUMENTS
+from fl_lightning.errors import MisconfigurationException
+from fl_lightning.trainer import FederatedTrainer
+
+SAVING = {"enable_checkpointing": True}
+
+
+def adam() -> FedAvg:
+    return FedAvg(
+        server_optimizer=lambda p: torch.optim.Adam(p, lr=0.05),
+        server_lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, step_size=2, gamma=0.5),
+    )
+
+
+def test_checkpoint_early_stopping_and_the_best_model(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path / "kept", monitor="val_acc", mode="max", save_top_k=2, filename="{epoch}-{val_acc:.3f}")
+    stop = EarlyStopping("val_loss", patience=1, min_delta=0.05)
+    module = Classifier(lr=0.3, hidden=4)
+    trainer = fit_federated(module, ServedSites(sites(4)), max_rounds=40, callbacks=[keep, stop], **SAVING)
+    rounds = len(trainer.round_history)
+    assert 3 < rounds < 40
+    losses = [report.metrics["val_loss"] for report in trainer.round_history]
+    assert losses[-1] == pytest.approx(float(trainer.callback_metrics["val_loss"]))
+    best = max(range(rounds), key=lambda r: trainer.round_history[r].metrics["val_acc"])
+    assert f"epoch={best}-" in keep.best_model_path
+
+    (tested,) = trainer.test(ckpt_path="best", verbose=False)
+    loaded = Classifier.load_from_checkpoint(keep.best_model_path)  # weights_only is torch's default
+    assert loaded.hparams == {"lr": 0.3, "hidden": 4}
+    (plain,) = pl.Trainer(**QUIET).test(loaded, ServedSites({}).test_dataloader(), verbose=False)
+    assert tested == plain
+    checkpoint = torch.load(keep.best_model_path, weights_only=True)
+    assert checkpoint["state_dict"].keys() == module.state_dict().keys()
+    assert checkpoint["epoch"] == best
+
+
+def test_validation_is_what_plain_lightning_says() -> None:
+    module = Classifier()
+    trainer = fit_federated(module, ServedSites(sites(3)), max_rounds=2)
+    (mine,) = trainer.validate(module, verbose=False)
+    (plain,) = pl.Trainer(**QUIET).validate(module, val_loader(), verbose=False)
+    assert mine == plain
+    assert mine["val_loss"] == pytest.approx(trainer.round_history[-1].metrics["val_loss"], rel=1e-6)
+    assert trainer.test(module, verbose=False)[0]["test_loss"] > 0
+    predicted = torch.cat(trainer.predict(module))
+    assert predicted.shape == (12,)
+    assert predicted.tolist() == module(ServedSites({}).predict_dataloader().dataset.tensors[0]).argmax(-1).tolist()
+
+
+def test_validation_after_a_mapping_uses_its_loader() -> None:
+    module = Classifier()
+    trainer = fit_federated(module, sites(3), val_loader())
+    assert trainer.validate(module, verbose=False) == pl.Trainer(**QUIET).validate(module, val_loader(), verbose=False)
+
+
+def test_evaluation_after_the_fit_leaves_the_history() -> None:
+    module = Classifier()
+    trainer = fit_federated(module, ServedSites(sites(3)), max_rounds=2)
+    before = copy.deepcopy(trainer.round_history)
+    trainer.validate(module, verbose=False)
+    trainer.test(module, verbose=False)
+    assert trainer.round_history == before
+
+
+def test_a_second_fit_with_the_same_trainer_starts_anew() -> None:
+    pl.seed_everything(7, verbose=False)
+    trainer = FederatedTrainer(max_rounds=2, **QUIET)
+    start = Classifier()
+    first, second = copy.deepcopy(start), copy.deepcopy(start)
+    trainer.fit(first, sites(3))
+    reports = copy.deepcopy(trainer.round_history)
+    # as in plain Lightning, a Trainer that has reached its epochs goes on only when it is given more
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(second, sites(3))
+    assert len(trainer.round_history) == 2
+    assert [r.round for r in trainer.round_history] == [2, 3]
+    assert [r.round for r in reports] == [0, 1]
+
+
+def test_learning_rate_monitor_sees_the_servers_schedule(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    fit_federated(Classifier(), sites(2), max_rounds=4, algorithm=adam(), logger=logger, callbacks=[LearningRateMonitor()])
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
+    rates = [float(row["server_lr"]) for row in rows if row.get("server_lr")]
+    assert rates == pytest.approx([0.05, 0.05, 0.025, 0.025])
+
+
+def test_csv_rows_are_rounds(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    trainer = fit_federated(Classifier(), sites(3), val_loader(), max_rounds=3, logger=logger)
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
+    logged = [float(row["val_loss"]) for row in rows if row["val_loss"]]
+    assert logged == pytest.approx([report.metrics["val_loss"] for report in trainer.round_history])
+    train = [float(row["train_loss"]) for row in rows if row["train_loss"]]
+    assert train == pytest.approx([report.metrics["train_loss"] for report in trainer.round_history])
+
+
+def test_a_timer_stops_between_rounds() -> None:
+    class Slow(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            import time
+
+            time.sleep(0.3)
+
+    trainer = fit_federated(Classifier(), sites(2), max_rounds=50, max_time="00:00:00:01", callbacks=[Slow()])
+    assert 1 <= len(trainer.round_history) <= 4
+    timer = fit_federated(Classifier(), sites(2), max_rounds=50, callbacks=[Slow(), Timer("00:00:00:01")])
+    assert 1 <= len(timer.round_history) <= 4
+
+
+def test_fast_dev_run_is_one_round_of_two_clients_and_one_batch() -> None:
+    pl.seed_everything(7, verbose=False)
+    module = Classifier()
+    trainer = FederatedTrainer(max_rounds=9, local_epochs=3, fast_dev_run=True, accelerator="cpu",
+                               enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(module, ServedSites(sites(5)))
+    (report,) = trainer.round_history
+    assert len(report.cohort) == 2
+    assert report.num_steps == 2
+    assert not Path("logs").exists()
+    assert not Path("checkpoints").exists()
+    assert "val_loss" in report.metrics
+
+
+class CountsValidation(Callback):
+    def __init__(self) -> None:
+        self.rounds: list[int] = []
+        self.batches = 0
+        self.sanity = 0
+
+    def on_validation_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.sanity_checking:
+            self.sanity += 1
+        else:
+            self.batches += 1
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.rounds.append(trainer.current_epoch)
+
+
+def test_validation_arguments_count_rounds_and_batches() -> None:
+    seen = CountsValidation()
+    trainer = fit_federated(
+        Classifier(), ServedSites(sites(2)), max_rounds=5, callbacks=[seen], check_val_every_n_epoch=2,
+        limit_val_batches=2, num_sanity_val_steps=1,
+    )  # fmt: skip
+    assert (seen.rounds, seen.batches, seen.sanity) == ([1, 3], 4, 1)
+    assert ["val_loss" in r.metrics for r in trainer.round_history][:2] == [False, True]
+
+
+def test_limit_train_batches_holds_for_each_client() -> None:
+    trainer = fit_federated(Classifier(), sites(4), max_rounds=1, local_epochs=2, limit_train_batches=1)
+    assert trainer.round_history[0].num_steps == 4 * 2
+
+
+def test_limit_test_and_predict_batches() -> None:
+    module = Classifier()
+    trainer = fit_federated(module, ServedSites(sites(2)), limit_test_batches=1, limit_predict_batches=2)
+    trainer.test(module, verbose=False)
+    assert trainer.num_test_batches == [1]
+    assert len(trainer.predict(module)) == 2
+
+
+def test_barebones_trains_the_same_weights() -> None:
+    start = Classifier()
+    ends = []
+    for arguments in ({"barebones": True, "accelerator": "cpu"}, QUIET):
+        module = copy.deepcopy(start)
+        pl.seed_everything(7, verbose=False)
+        trainer = FederatedTrainer(max_rounds=2, **arguments)
+        trainer.fit(module, sites(3))
+        ends.append(weights(module))
+        assert len(trainer.round_history) == 2
+    assert_same_bits(*ends)
+
+
+def test_the_simple_profiler_measures_rounds(tmp_path: Path) -> None:
+    from lightning.pytorch.profilers import SimpleProfiler
+
+    profiler = SimpleProfiler(tmp_path, "profile")
+    fit_federated(Classifier(), sites(2), max_rounds=3, profiler=profiler)
+    text = next(tmp_path.glob("*profile*.txt")).read_text()
+    assert "run_training_epoch" in text
+    (row,) = [line for line in text.splitlines() if "|  run_training_epoch" in line]
+    assert row.split("|")[3].strip() == "3"
+
+
+def test_deterministic_and_precision_reach_the_clients() -> None:
+    seen: dict[str, Any] = {}
+
+    class Reads(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            seen["deterministic"] = torch.are_deterministic_algorithms_enabled()
+            seen["precision"] = trainer.precision
+            seen["clip"] = trainer.gradient_clip_val
+            seen["autocast"] = type(trainer.precision_plugin).__name__
+
+    fit_federated(
+        Classifier(), sites(2), deterministic=True, precision="bf16-mixed", gradient_clip_val=0.5, client_callbacks=[Reads()]
+    )
+    assert seen == {"deterministic": True, "precision": "bf16-mixed", "clip": 0.5, "autocast": "MixedPrecision"}
+
+
+def test_evaluation_runs_in_the_users_precision_and_the_server_in_float32() -> None:
+    dtypes = set()
+
+    class Looks(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            dtypes.add((self(batch[0]).dtype, self.net[0].weight.dtype))
+
+    for precision in ("bf16-mixed", "bf16-true", "64-true"):
+        fit_federated(Looks(), ServedSites(sites(2)), precision=precision)
+    assert dtypes == {(torch.bfloat16, torch.float32), (torch.float64, torch.float64)}
+
+
+# ---- resume -----------------------------------------------------------------------------------------------------------
+
+
+def long_run(folder: Path, rounds: int, ckpt: Any = None, **more: Any) -> tuple[Any, FederatedTrainer]:
+    """Train with everything that has a state: Adam and a schedule on the server, momentum kept on the clients."""
+    torch.manual_seed(1)
+    module = Momentum(hidden=4)
+    pl.seed_everything(7, verbose=False)
+    own = {
+        "max_rounds": rounds, "clients_per_round": 3, "local_epochs": 2, "algorithm": adam(), "client_state": "keep",
+        "enable_checkpointing": True, "logger": TensorBoardLogger(folder, name="run"),
+        "callbacks": [ModelCheckpoint(save_last=True, save_top_k=-1)],
+    }  # fmt: skip
+    trainer = FederatedTrainer(**{**QUIET, **own, **more})
+    trainer.fit(module, ServedSites(sites(5)), ckpt_path=ckpt)
+    return module, trainer
+
+
+class Momentum(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+def comparable(trainer: FederatedTrainer) -> list[Any]:
+    reports = copy.deepcopy(trainer.round_history)
+    for report in reports:
+        report.seconds = 0.0
+    return reports
+
+
+# ModelCheckpoint says so in plain Lightning, too, when a run goes on in another folder
+OTHER_FOLDER = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+
+
+@OTHER_FOLDER
+@pytest.mark.parametrize("way", ["last", "path"])
+def test_a_resumed_run_is_the_uninterrupted_one(way: str, tmp_path: Path) -> None:
+    whole, uninterrupted = long_run(tmp_path / "whole", 5)
+    _, first = long_run(tmp_path / "parts", 3)
+    path = str(first.checkpoint_callback.last_model_path)
+    resumed, second = long_run(tmp_path / "parts", 5, ckpt="last" if way == "last" else path)
+    assert_same_bits(weights(resumed), weights(whole))
+    assert comparable(second) == comparable(uninterrupted)
+    assert [report.round for report in second.round_history] == [0, 1, 2, 3, 4]
+    folders = sorted(p.name for p in (tmp_path / "parts" / "run").iterdir())
+    assert folders == (["version_0"] if way == "last" else ["version_0", "version_1"])
+
+
+@OTHER_FOLDER
+def test_a_resume_goes_back_to_an_older_checkpoint(tmp_path: Path) -> None:
+    whole, uninterrupted = long_run(tmp_path / "whole", 4)
+    long_run(tmp_path / "parts", 4)
+    (older,) = (tmp_path / "parts").rglob("epoch=1-*.ckpt")
+    resumed, second = long_run(tmp_path / "parts", 4, ckpt=older)
+    assert_same_bits(weights(resumed), weights(whole))
+    assert comparable(second) == comparable(uninterrupted)
+
+
+def test_a_fit_interrupted_in_a_round_resumes_as_if_nothing_had_been(tmp_path: Path) -> None:
+    class Dies(Callback):
+        """Kills the second client of the third round, once."""
+
+        num_starts = 0
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            Dies.num_starts += 1
+            if Dies.num_starts == 3 + 3 + 2:
+                raise KeyboardInterrupt
+
+    whole, uninterrupted = long_run(tmp_path / "whole", 4)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        long_run(tmp_path / "parts", 4, client_callbacks=[Dies()])
+    resumed, second = long_run(tmp_path / "parts", 4, ckpt="last")
+    assert_same_bits(weights(resumed), weights(whole))
+    assert comparable(second) == comparable(uninterrupted)
+
+
+def test_two_runs_are_the_same_bits(tmp_path: Path) -> None:
+    (one, first), (two, second) = long_run(tmp_path / "a", 3), long_run(tmp_path / "b", 3)
+    assert_same_bits(weights(one), weights(two))
+    assert comparable(first) == comparable(second)
+
+
+def test_best_and_last_without_a_checkpoint(tmp_path: Path) -> None:
+    module, trainer = long_run(tmp_path / "new", 1, ckpt="last")  # nothing is there: as in plain Lightning it starts
+    assert len(trainer.round_history) == 1
+    fresh = FederatedTrainer(max_rounds=1, **QUIET)
+    with pytest.raises(Exception, match="best"):
+        fresh.fit(module, sites(2), ckpt_path="best")
+    assert type(module) is Momentum
+
+
+# ---- the module afterwards --------------------------------------------------------------------------------------------
+
+
+def test_an_error_gives_the_module_its_class_back() -> None:
+    class Breaks(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            raise ValueError("broken on purpose")
+
+    module = Breaks()
+    with pytest.raises(ValueError, match="broken on purpose"):
+        fit_federated(module, ServedSites(sites(2)))
+    assert type(module) is Breaks
+    assert "trainer" not in vars(module)
+    torch.testing.assert_close(module(torch.zeros(1, 8)), module.net(torch.zeros(1, 8)))
+
+
+def test_the_fitted_module_trains_in_plain_lightning_afterwards() -> None:
+    module = Classifier()
+    fit_federated(module, sites(2))
+    before = weights(module)
+    trainer = pl.Trainer(**{**QUIET, "max_epochs": 1, "limit_val_batches": 0})
+    trainer.fit(module, loader(), val_loader())
+    assert trainer.global_step == 3
+    assert not torch.equal(before["net.0.weight"], module.net[0].weight)
+
+
+# ---- the table of arguments -------------------------------------------------------------------------------------------
+
+
+def test_every_argument_of_lightnings_trainer_has_a_row() -> None:
+    names = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
+    assert names == set(TRAINER_ARGUMENTS)
+    assert {row.side for row in TRAINER_ARGUMENTS.values()} <= {"server", "client", "both", "refused"}
+    assert all(len(row.why) > 10 for row in TRAINER_ARGUMENTS.values())
+
+
+@pytest.mark.parametrize("name", [n for n, row in TRAINER_ARGUMENTS.items() if row.side == "refused"])
+def test_a_refused_argument_says_what_to_do_instead(name: str) -> None:
+    value = {"sync_batchnorm": True, "val_check_interval": 0.5}.get(name, 3)
+    with pytest.raises(MisconfigurationException, match=name):
+        FederatedTrainer(**{**QUIET, name: value})
+    default = inspect.signature(pl.Trainer.__init__).parameters[name].default
+    FederatedTrainer(**{**QUIET, name: default, "max_rounds": 1})  # what Lightning means by nothing is no refusal
+
+
+@pytest.mark.parametrize("name", [n for n, row in TRAINER_ARGUMENTS.items() if row.side == "client"])
+def test_a_clients_argument_does_not_reach_the_server(name: str) -> None:
+    value = {"gradient_clip_val": 0.25, "gradient_clip_algorithm": "value", "detect_anomaly": True}.get(name, 2)
+    trainer = FederatedTrainer(**{**QUIET, name: value})
+    assert trainer.local_settings().trainer_arguments[name] == value
+    server = {
+        "limit_train_batches": trainer.limit_train_batches, "overfit_batches": trainer.overfit_batches,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches, "gradient_clip_val": trainer.gradient_clip_val,
+        "gradient_clip_algorithm": trainer.gradient_clip_algorithm, "detect_anomaly": trainer._detect_anomaly,
+    }[name]  # fmt: skip
+    assert server != value
+
+
+def test_max_rounds_and_max_epochs_exclude_each_other() -> None:
+    with pytest.raises(MisconfigurationException, match="max_rounds"):
+        FederatedTrainer(max_rounds=2, max_epochs=2)
+    with pytest.raises(MisconfigurationException, match="local_epochs"):
+        FederatedTrainer(max_epochs=2)
+
+
+def test_swa_warns(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    with pytest.warns(UserWarning, match="StochasticWeightAveraging changes the server's learning rate"):
+        FederatedTrainer(**QUIET, callbacks=[StochasticWeightAveraging(0.1)])
+
+
+def test_the_servers_metrics_are_finite_numbers() -> None:
+    trainer = fit_federated(Classifier(), sites(3), val_loader(), max_rounds=2)
+    for report in trainer.round_history:
+        assert set(report.metrics) >= {"train_loss", "train_loss_epoch", "val_loss", "val_acc"}
+        assert all(math.isfinite(value) for value in report.metrics.values())
