@@ -126,7 +126,7 @@ def _batches(trainer: pl.Trainer) -> Iterator[Iterator[Any]]:
     states: list[tuple[torch.Generator, Tensor]] = []
     copies = []
     for loader in loaders.flattened:
-        if iter(loader) is loader:
+        if isinstance(loader, Iterator):  # asking by iter(loader) would restart persistent workers and draw numbers
             raise MisconfigurationException(
                 f"The start loss of a round needs a pass over the training data before training, and "
                 f"{type(loader).__name__} can be read only once. Return a DataLoader or another iterable that starts "

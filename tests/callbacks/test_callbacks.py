@@ -1,0 +1,387 @@
+"""The callbacks of local training against torch and closed forms, in a plain Trainer and in the federation."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.demos.boring_classes import ManualOptimBoringModel, RandomDataset
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from fl_lightning import FederatedTrainer
+from fl_lightning.algorithms import FedAvg, FedProx
+from fl_lightning.callbacks import GradientClip, GradientCorrection, GradientNoise, ProximalTerm, StepCounter
+from fl_lightning.callbacks.step_counter import UnitGradient
+from fl_lightning.types import ClientTask
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Net(pl.LightningModule):
+    def __init__(self, optimizer: Any = None) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+        self.optimizer = optimizer or (lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.head(torch.tanh(self.body(x))), y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
+def data(num_examples: int = 24, seed: int = 0, batch_size: int = 4) -> DataLoader[Any]:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_examples, 6, generator=draw)
+    return DataLoader(TensorDataset(x, torch.randint(3, (num_examples,), generator=draw)), batch_size=batch_size)
+
+
+def plain_fit(
+    module: pl.LightningModule, *callbacks: Callback, epochs: int = 2, loader: Any = None, **arguments: Any
+) -> pl.Trainer:
+    trainer = pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), **{**QUIET, **arguments})
+    trainer.fit(module, loader if loader is not None else data())
+    return trainer
+
+
+def by_hand(module: Net, change: Any, epochs: int = 2, batches: Any = None) -> Net:
+    """Train with plain torch; ``change(module, start, loss)`` returns the loss to descend, or edits gradients."""
+    module = copy.deepcopy(module)
+    start = [p.detach().clone() for p in module.parameters()]
+    optimizer = module.configure_optimizers()
+    for _ in range(epochs):
+        for batch in batches or data():
+            optimizer.zero_grad()
+            loss, edit = change(module, start, module.loss(batch))
+            loss.backward()
+            edit()
+            optimizer.step()
+    return module
+
+
+def same(left: nn.Module, right: nn.Module, tolerance: float = 1e-6) -> bool:
+    pairs = zip(left.parameters(), right.parameters(), strict=True)
+    return all(torch.allclose(a, b, rtol=0, atol=tolerance) for a, b in pairs)
+
+
+def test_the_proximal_term_is_the_gradient_of_the_penalty() -> None:
+    def penalised(module: Net, start: list[Tensor], loss: Tensor) -> Any:
+        distance = sum(((p - s) ** 2).sum() for p, s in zip(module.parameters(), start, strict=True))
+        return loss + 0.5 / 2 * distance, lambda: None
+
+    module = Net()
+    expected, unpulled = by_hand(module, penalised), by_hand(module, lambda m, s, loss: (loss, lambda: None))
+    plain_fit(module, ProximalTerm(mu=0.5))
+    assert same(module, expected)
+    assert not same(module, unpulled, 1e-3)
+
+
+@pytest.mark.parametrize("argument", ["max_norm", "value"])
+def test_clipping_is_torchs(argument: str) -> None:
+    limit = {"max_norm": 0.2, "value": 0.03}[argument]
+
+    def clipped(module: Net, start: list[Tensor], loss: Tensor) -> Any:
+        if argument == "value":
+            return loss, lambda: nn.utils.clip_grad_value_(module.parameters(), limit)
+        return loss, lambda: nn.utils.clip_grad_norm_(module.parameters(), limit)
+
+    module = Net()
+    expected, free = by_hand(module, clipped), by_hand(module, lambda m, s, loss: (loss, lambda: None))
+    plain_fit(module, GradientClip(**{argument: limit}))
+    assert same(module, expected)
+    assert not same(module, free, 1e-3)
+
+
+def test_clipping_leaves_small_gradients_and_zeros_alone() -> None:
+    task, small = ClientTask("a", 0, 0, {}, seed=0), {"a": torch.tensor([0.3]), "b": torch.tensor([-0.4, 0.0])}
+    for clip in (GradientClip(max_norm=1.0), GradientClip(value=1.0)):
+        corrected = clip.correct(small, {}, task)
+        assert all(torch.equal(corrected[name], small[name]) for name in small)
+        assert torch.equal(clip.correct({"a": torch.zeros(3)}, {}, task)["a"], torch.zeros(3))
+
+
+def test_noise_has_its_standard_deviation_and_comes_from_the_global_generator() -> None:
+    task, grads = ClientTask("a", 0, 0, {}, seed=0), {"w": torch.full((40_000,), 5.0), "v": torch.zeros(40_000)}
+    torch.manual_seed(3)
+    first = GradientNoise(std=0.5).correct(grads, {}, task)
+    torch.manual_seed(3)
+    again = GradientNoise(std=0.5).correct(grads, {}, task)
+    for name, mean in (("w", 5.0), ("v", 0.0)):
+        assert torch.equal(first[name], again[name])
+        assert float(first[name].mean()) == pytest.approx(mean, abs=0.01)
+        assert float(first[name].std()) == pytest.approx(0.5, rel=0.02)
+    assert abs(float(torch.corrcoef(torch.stack([first["w"], first["v"]]))[0, 1])) < 0.02
+
+
+def test_noise_moves_a_plain_fit_as_hand_drawn_noise_does() -> None:
+    def noisy(module: Net, start: list[Tensor], loss: Tensor) -> Any:
+        def edit() -> None:
+            for parameter in module.parameters():
+                assert parameter.grad is not None
+                parameter.grad += 0.1 * torch.randn_like(parameter.grad)
+
+        return loss, edit
+
+    module = Net()
+    before = copy.deepcopy(module)
+
+    class Seed(Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            torch.manual_seed(11)
+
+    plain_fit(module, Seed(), GradientNoise(std=0.1), epochs=1)  # a second epoch would make the loader draw as well
+    batches = list(data())
+    torch.manual_seed(11)
+    assert same(module, by_hand(before, noisy, epochs=1, batches=batches))
+
+
+@pytest.mark.parametrize(
+    "neutral", [ProximalTerm(mu=0.0), GradientNoise(std=0.0), GradientClip(max_norm=1e9), GradientClip(value=1e9)]
+)
+def test_a_neutral_callback_changes_no_bit(neutral: GradientCorrection) -> None:
+    module = Net()
+    expected = copy.deepcopy(module)
+    plain_fit(expected)
+    plain_fit(module, neutral)
+    assert neutral.num_corrections == 12
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "correction", [ProximalTerm(mu=0.3), GradientClip(max_norm=0.1), GradientClip(value=0.02)], ids=type
+)
+def test_a_correction_under_vmap_is_each_clients_own(correction: GradientCorrection) -> None:
+    draw = torch.Generator().manual_seed(0)
+    start = {"w": torch.randn(4, generator=draw)}
+    task = ClientTask("a", 0, 0, {"model": start}, seed=0)
+    grads = {"w": torch.randn(7, 4, generator=draw)}  # leaves: (clients, *param.shape)
+    params = {"w": torch.randn(7, 4, generator=draw)}
+    grouped = torch.func.vmap(lambda g, p: correction.correct(g, p, task))(grads, params)["w"]
+    alone = [correction.correct({"w": g}, {"w": p}, task)["w"] for g, p in zip(grads["w"], params["w"], strict=True)]
+    assert torch.allclose(grouped, torch.stack(alone), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ProximalTerm(0.5), lambda: GradientClip(max_norm=0.2), lambda: GradientClip(value=0.03)]
+)
+def test_one_client_and_one_round_equal_a_plain_trainer(make: Any) -> None:
+    module = Net()
+    expected = copy.deepcopy(module)
+    plain_fit(expected, make())
+    trainer = FederatedTrainer(max_rounds=1, local_epochs=2, client_callbacks=[make()], **QUIET)
+    trainer.fit(module, {"a": data()})
+    assert same(module, expected, 2e-7)
+
+
+def test_noise_in_the_federation_is_drawn_per_client_and_round() -> None:
+    class Still(Net):
+        """Without a gradient of its own, the update is the noise."""
+
+        def loss(self, batch: Any) -> Tensor:
+            return 0.0 * sum(p.sum() for p in self.parameters())
+
+    def updates(seed: int, noise: float) -> list[dict[str, Tensor]]:
+        seen: list[dict[str, Tensor]] = []
+
+        def remember(update: Any) -> float:
+            seen.append({name: value.clone() for name, value in update.delta.items()})
+            return 1.0
+
+        pl.seed_everything(seed, verbose=False)
+        trainer = FederatedTrainer(
+            algorithm=FedAvg(weights=remember), max_rounds=2, client_callbacks=[GradientNoise(noise)], **QUIET
+        )
+        sgd = lambda params: torch.optim.SGD(params, lr=1.0)  # noqa: E731
+        trainer.fit(Still(sgd), {"a": data(), "b": data()})
+        return seen
+
+    first, again, other = updates(1, 0.1), updates(1, 0.1), updates(2, 0.1)
+    assert len(first) == 4
+    vectors = [torch.cat([v.flatten() for v in update.values()]) for update in first]
+    for left in range(4):
+        assert torch.equal(vectors[left], torch.cat([v.flatten() for v in again[left].values()]))
+        assert not torch.equal(vectors[left], torch.cat([v.flatten() for v in other[left].values()]))
+        for right in range(left):
+            assert not torch.equal(vectors[left], vectors[right])
+    # six steps of lr 1 with std .1: the standard deviation of a sum
+    assert float(torch.cat(vectors).std()) == pytest.approx(0.1 * 6**0.5, rel=0.15)
+
+
+def momentum_norm(steps: int, rho: float) -> float:
+    return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
+
+
+def proximal_norm(steps: int, rate: float, mu: float) -> float:
+    return (1 - (1 - rate * mu) ** steps) / (rate * mu)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_the_normaliser_is_the_papers(steps: int) -> None:
+    def norm(mu: float = 0.0, rates: Any = None, **settings: Any) -> float:
+        walk = UnitGradient(mu)
+        for step in range(steps):
+            walk.step(lr=0.1 if rates is None else rates(step), **settings)
+        return walk.a_norm
+
+    assert norm() == steps
+    for rho in (0.5, 0.9):
+        assert norm(momentum=rho) == pytest.approx(momentum_norm(steps, rho), abs=1e-10)
+    for mu in (0.1, 3.0):
+        assert norm(mu) == pytest.approx(proximal_norm(steps, 0.1, mu), abs=1e-10)
+    assert norm(rates=lambda step: 0.2 * 0.9**step) == pytest.approx((1 - 0.9**steps) / (1 - 0.9), abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mu"),
+    [
+        ({}, 0.0),
+        ({"momentum": 0.9}, 0.0),
+        ({"momentum": 0.9, "dampening": 0.5}, 0.0),
+        ({"momentum": 0.7, "nesterov": True}, 0.0),
+        ({}, 2.0),
+        ({"momentum": 0.8}, 1.0),
+    ],
+)
+def test_the_normaliser_is_what_torchs_sgd_makes_of_a_unit_gradient(settings: dict[str, Any], mu: float) -> None:
+    class Slope(pl.LightningModule):
+        """Its gradient is one everywhere."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.x.sum()
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD([self.x], lr=0.1, **settings)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    counter, module = StepCounter(mu), Slope()
+    plain_fit(module, counter, ProximalTerm(mu))
+    assert counter.num_steps == 12
+    assert counter.a_norm is not None
+    assert counter.distance == pytest.approx(-float(module.x.detach()), abs=1e-12)
+    assert counter.a_norm * counter.lr == pytest.approx(counter.distance)
+
+
+def test_accumulated_batches_are_one_step() -> None:
+    counter = StepCounter()
+    plain_fit(Net(), counter, accumulate_grad_batches=4)
+    assert counter.num_steps == 4  # six batches an epoch: one step after four, one after the last
+    assert counter.a_norm == pytest.approx(momentum_norm(4, 0.9))
+
+
+def test_a_counter_starts_anew_and_lets_go_of_the_optimizer() -> None:
+    counter = StepCounter()
+    trainer = plain_fit(Net(), counter)
+    assert counter.num_steps == 12
+    trainer.optimizers[0].step()
+    assert counter.num_steps == 12
+    plain_fit(Net(), counter, epochs=1)
+    assert counter.num_steps == 6
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [
+        (lambda params: torch.optim.Adam(params), "the optimizer is Adam"),
+        (
+            lambda params: torch.optim.SGD([{"params": [next(params)], "lr": 0.1}, {"params": list(params)}], lr=0.2),
+            "parameter groups differ",
+        ),
+    ],
+)
+def test_where_the_normaliser_is_not_defined_the_counter_says_why(optimizer: Any, reason: str) -> None:
+    counter = StepCounter()
+    plain_fit(Net(optimizer), counter)
+    assert counter.num_steps == 12
+    assert counter.a_norm is None
+    assert reason in counter.report()["no_a_norm"]
+
+
+def test_manual_optimization_is_corrected_and_counted() -> None:
+    counter, term = StepCounter(), ProximalTerm(0.5)
+    module = ManualOptimBoringModel()
+    plain_fit(module, counter, term, loader=DataLoader(RandomDataset(32, 8), batch_size=2))
+    assert counter.num_steps == term.num_corrections > 0
+
+
+def test_only_the_gradients_of_the_optimizer_that_steps_are_corrected() -> None:
+    class Two(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            first, _ = self.optimizers()
+            self.manual_backward(self.loss(batch))
+            before = self.head.weight.grad.clone()
+            first.step()
+            assert torch.equal(self.head.weight.grad, before)
+            assert float(self.body.weight.grad.abs().max()) <= 2**-10
+            first.zero_grad()
+            self.head.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.body, self.head)]
+
+    clip = GradientClip(value=2**-10)
+    plain_fit(Two(), clip)
+    assert clip.num_corrections == 12
+
+
+def test_two_corrections_of_a_kind_are_refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r"ProximalTerm would correct every gradient twice.*Leave out"):
+        plain_fit(Net(), ProximalTerm(0.1), ProximalTerm(0.2))
+    trainer = FederatedTrainer(algorithm=FedProx(0.1), max_rounds=1, client_callbacks=[ProximalTerm(0.2)], **QUIET)
+    with pytest.raises(MisconfigurationException, match="when the algorithm brings its own"):
+        trainer.fit(Net(), {"a": data()})
+
+
+def test_different_corrections_run_in_their_order() -> None:
+    module = Net()
+
+    def clipped_after_pull(module: Net, start: list[Tensor], loss: Tensor) -> Any:
+        distance = sum(((p - s) ** 2).sum() for p, s in zip(module.parameters(), start, strict=True))
+        return loss + distance, lambda: nn.utils.clip_grad_value_(module.parameters(), 0.01)
+
+    expected = by_hand(module, clipped_after_pull)
+    plain_fit(module, ProximalTerm(2.0), GradientClip(value=0.01))
+    assert same(module, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ProximalTerm(-1.0), "ProximalTerm expected mu to be a finite number >= 0, got -1.0; mu=0 switches"),
+        (lambda: ProximalTerm(float("nan")), "finite number >= 0, got nan"),
+        (lambda: GradientNoise(-0.1), "GradientNoise expected std to be a finite number >= 0, got -0.1"),
+        (lambda: GradientClip(), "expected one of max_norm and value, got max_norm=None and value=None"),
+        (lambda: GradientClip(1.0, 2.0), "expected one of max_norm and value, got max_norm=1.0 and value=2.0"),
+        (lambda: GradientClip(max_norm=0.0), "max_norm to be a finite number > 0, got 0.0"),
+        (lambda: GradientClip(value=-1.0), "value to be a finite number > 0, got -1.0"),
+        (lambda: StepCounter(mu=-1.0), "StepCounter expected mu to be a finite number >= 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        make()
