@@ -72,14 +72,14 @@ def client_layout(names: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
 
     Example:
         >>> charts = client_layout(["clients/val_acc"])["Spread over clients"]
-        >>> charts["val_acc: median, from the worst client to the best"][1][0]
+        >>> charts["val_acc: median, minimum to maximum"][1][0]
         'clients/val_acc/median'
     """
     layout: dict[str, dict[str, list[Any]]] = {"Spread over clients": {}, "Who is left behind": {}}
     for name in sorted(names):
         title = name.removeprefix("clients/")
         margin = ["Margin", [f"{name}/median", f"{name}/min", f"{name}/max"]]
-        layout["Spread over clients"][f"{title}: median, from the worst client to the best"] = margin
+        layout["Spread over clients"][f"{title}: median, minimum to maximum"] = margin
         # a multiline chart takes patterns, unanchored ones unless they say otherwise
         tags = [f"^{re.escape(tag)}$" for tag in (name, f"{name}/median", f"{name}/worst_decile")]
         layout["Who is left behind"][f"{title}: global, median and worst tenth of clients"] = ["Multiline", tags]

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 __all__ = ["RoundClock", "is_live", "line_is_due", "max_rounds", "metric_texts", "round_line", "shown_metrics", "title"]
 
 _LINES = 20  # of a whole run, where the output is a file and no terminal
-_FALLBACK = 4  # metrics that are shown when the module logs none with `prog_bar=True`
+_SHOWN = 4  # metrics that have place on a line of a terminal
 
 
 class RoundClock:
@@ -64,12 +64,12 @@ def title(trainer: pl.Trainer) -> str:
 
 
 def shown_metrics(bar: ProgressBar, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Any]:
-    """Return what the module shows on the bar; when it shows nothing, the first of what it logs."""
+    """Return what is logged with ``prog_bar=True``, and of the rest as much as there is place for."""
     metrics = bar.get_metrics(trainer, pl_module)
-    if trainer.progress_bar_metrics:
-        return metrics
-    logged = [(name, float(value)) for name, value in trainer.callback_metrics.items() if "/" not in name]
-    return {**metrics, **dict(logged[:_FALLBACK])}
+    place = max(0, _SHOWN - len(trainer.progress_bar_metrics))
+    others = [name for name in trainer.callback_metrics if "/" not in name and name not in metrics]
+    others.sort(key=lambda name: not name.startswith("val"))  # what the global model achieves comes first
+    return {**metrics, **{name: float(trainer.callback_metrics[name]) for name in others[:place]}}
 
 
 def metric_texts(metrics: Mapping[str, Any]) -> list[str]:

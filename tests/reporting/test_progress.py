@@ -23,6 +23,7 @@ class Rounds(BoringModel):
     """One batch an epoch, in which clients end one after the other, as the federated Trainer tells the callbacks."""
 
     prog_bar = True
+    others = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         for client in range(CLIENTS):
@@ -31,6 +32,8 @@ class Rounds(BoringModel):
                     callback.on_client_end(self.trainer, client, client + 1, CLIENTS, 500)
         self.log("train_loss", 0.25, prog_bar=self.prog_bar)
         self.log("val/hidden", 0.5)
+        for number in range(self.others):
+            self.log(f"other_{number}", 1.0)
         return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
@@ -190,15 +193,18 @@ class TestBoth:
         trainer.fit(Rounds())
         assert capsys.readouterr().out == ""
 
-    def test_metrics_without_prog_bar_are_shown_when_there_are_no_others(
+    def test_metrics_without_prog_bar_fill_the_place_that_is_left(
         self, kind: Any, capsys: pytest.CaptureFixture[str]
     ) -> None:
         module = Rounds()
         module.prog_bar = False
+        module.others = 5
         run(kind(), module=module)
         last = capsys.readouterr().out.splitlines()[-1]
         assert "train_loss=0.250" in last
         assert "val_acc=0.750" in last
+        assert "other_1=" in last
+        assert "other_2=" not in last
         assert "hidden" not in last
 
     def test_validation_test_and_prediction_work(self, kind: Any, terminal: Terminal) -> None:
