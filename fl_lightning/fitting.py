@@ -23,8 +23,9 @@ from fl_lightning.reporting import ClientCurves, RoundCharts, RoundsFile, cut_lo
 from fl_lightning.seeding import root_seed
 from fl_lightning.server import twin_of
 from fl_lightning.store import ClientStore
-from fl_lightning.traveling import batch_norm_buffers
+from fl_lightning.traveling import Traveling, batch_norm_buffers
 from fl_lightning.types import ClientId, RoundReport
+from fl_lightning.validation import check_overrides
 
 if TYPE_CHECKING:
     from fl_lightning.trainer import FederatedTrainer
@@ -68,6 +69,9 @@ class FederatedFit:
         same_start(module)
         self._relax_module_callbacks()
         trainer.settings.seed = self._common_seed()
+        check_overrides(trainer.settings.client_overrides, self.population.client_ids())
+        self.curves = ClientCurves(trainer.loggers, trainer.log_clients, self.population.client_ids)
+        self.charts = RoundCharts(trainer.loggers)
         self._federation = federation = Federation(
             rehearsal(trainer.settings) if trainer.fast_dev_run else trainer.settings,
             trainer.sampler,
@@ -82,8 +86,6 @@ class FederatedFit:
         federation.store = ClientStore(folder / "memory")
         federation.interrupted = lambda: trainer.received_sigterm
         federation.on_client_end = self._client_ended
-        self.curves = ClientCurves(trainer.loggers, trainer.log_clients, self.population.client_ids)
-        self.charts = RoundCharts(trainer.loggers)
         self.rounds = RoundsFile(folder / "rounds.jsonl") if trainer.is_global_zero and not trainer.fast_dev_run else None
         self._resume(folder)
         settings = federation.local_settings(trainer.local_settings())
@@ -202,10 +204,11 @@ class FederatedFit:
     # ---- the server's optimizer --------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        algorithm = self.trainer.settings.algorithm
-        local = algorithm.local_parameters(self.trainer.lightning_module)
-        parameters = [p for n, p in self.trainer.lightning_module.named_parameters() if p.requires_grad and n not in local]
-        optimizer = algorithm.server_optimizer(parameters)
+        settings, module = self.trainer.settings, self.trainer.lightning_module
+        algorithm = settings.algorithm
+        traveling = Traveling.of(module, algorithm, settings.batch_norm).parameters
+        own = dict(module.named_parameters())
+        optimizer = algorithm.server_optimizer([own[name] for name in traveling])
         if algorithm.server_lr_scheduler is None:
             return optimizer
         scheduler = algorithm.server_lr_scheduler(optimizer)

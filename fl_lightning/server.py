@@ -175,7 +175,8 @@ def _server_class(user_class: type) -> type:
     if user_class not in _classes:
         bases = (_Server, _twin_class(user_class))
         name = f"Federated[{user_class.__name__}]"
-        _classes[user_class] = type(name, bases, {"__module__": user_class.__module__, "__doc__": user_class.__doc__})
+        members = {"__module__": user_class.__module__, "__doc__": user_class.__doc__, "_user_class": user_class}
+        _classes[user_class] = type(name, bases, members)
     return _classes[user_class]
 
 

@@ -39,10 +39,11 @@ class Traveling:
         Raises:
             MisconfigurationException: for parameters without a shape yet, or a module with nothing to train.
         """
+        user_class = getattr(module, "_user_class", type(module)).__name__
         for name, parameter in module.named_parameters():
             if is_lazy(parameter):
                 raise MisconfigurationException(
-                    f"Parameter {name!r} of {type(module).__name__} has no shape yet. Run one batch through the module "
+                    f"Parameter {name!r} of {user_class} has no shape yet. Run one batch through the module "
                     "before fit, so that the server has weights to send."
                 )
         trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -53,7 +54,7 @@ class Traveling:
         traveling = tuple(name for name in trainable if name not in local)
         if not traveling:
             raise MisconfigurationException(
-                f"{type(module).__name__} has no trainable parameter that travels to the clients. Unfreeze some "
+                f"{user_class} has no trainable parameter that travels to the clients. Unfreeze some "
                 "(requires_grad=True), or keep fewer of them local."
             )
         buffers = tuple(name for name in statistics if batch_norm == "average" and name not in local)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fl_lightning.algorithms.base import Algorithm
 from fl_lightning.federation import FederationSettings
+from fl_lightning.types import ClientId
 
-__all__ = ["check_arguments"]
+__all__ = ["check_arguments", "check_overrides"]
 
+_SHARDING = ("fsdp", "deepspeed", "modelparallel", "model_parallel")
 _OVERRIDES = {"epochs": int, "steps": int, "lr": float, "batch_size": int}
 
 
@@ -33,6 +35,7 @@ def check_arguments(
             f"Expected algorithm to be a federated algorithm such as FedAvg(), got {settings.algorithm!r}."
         )
     _check_rounds(max_rounds, lightning, settings)
+    _check_strategy(lightning.get("strategy"))
     _one_of("local_loop", local_loop, ("auto", "lightning", "lean"))
     _one_of("client_state", client_state, ("reset", "keep"))
     _one_of("on_bad_update", settings.on_bad_update, ("raise", "skip"))
@@ -49,6 +52,31 @@ def check_arguments(
         _count_or_fraction("evaluate_clients", settings.evaluate_clients)
     for client_id, override in settings.client_overrides.items():
         _check_override(client_id, override)
+
+
+def check_overrides(overrides: Mapping[ClientId, Any], client_ids: Sequence[ClientId]) -> None:
+    """Raise for an override of a client that does not exist: it would never be used, and nobody would notice.
+
+    Raises:
+        MisconfigurationException: names the client.
+    """
+    known = client_ids if isinstance(client_ids, range) or not overrides else set(client_ids)
+    for client_id in overrides:
+        if client_id not in known:
+            shown = ", ".join(map(repr, client_ids[:5])) + (", …" if len(client_ids) > 5 else "")
+            raise MisconfigurationException(
+                f"client_overrides names {client_id!r}, which is none of the {len(client_ids)} clients ({shown}). Use "
+                "the ids as client_ids() gives them: 1 and '1' are different clients."
+            )
+
+
+def _check_strategy(strategy: Any) -> None:
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if any(word in name.lower() for word in _SHARDING):
+        raise MisconfigurationException(
+            f"strategy={name!r} shards the model, and a federation's server needs it whole. Use strategy='auto' or "
+            "strategy='ddp' with devices=1, 2, 4 or 8: the cohort is split over the processes."
+        )
 
 
 def _check_rounds(max_rounds: int | None, lightning: Mapping[str, Any], settings: FederationSettings) -> None:
