@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import MeanMetric, MeanSquaredError, Metric, MetricCollection, R2Score
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassConfusionMatrix
-from torchmetrics.wrappers import BootStrapper, MinMaxMetric, MultioutputWrapper, Running
+from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MinMaxMetric, MultioutputWrapper, Running
 
 from fl_lightning.metrics import load_metric_state, merge_states, metric_state, state_num_bytes
 from fl_lightning.wire import pack, unpack
@@ -28,6 +29,35 @@ class MeanOfBatches(Metric):
 
     def compute(self) -> Tensor:
         return self.level
+
+
+class MeanOfClients(Metric):
+    """A custom reduction that counts every state, so that the state of an idle client would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("level", torch.tensor(0.0), dist_reduce_fx=lambda stacked: stacked.mean(0))
+
+    def update(self, value: float) -> None:
+        self.level = torch.tensor(value)
+
+    def compute(self) -> Tensor:
+        return self.level
+
+
+class ResetsNothing(Metric):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = [MeanMetric()]
+
+    def update(self, value: float) -> None:
+        self.parts[0].update(value)
+
+    def compute(self) -> Tensor:
+        return self.parts[0].compute()
+
+    def reset(self) -> None:
+        """Leave the part as it is."""
 
 
 class Words(Metric):
@@ -52,6 +82,35 @@ def test_a_mean_state_is_weighted_by_update_counts_and_torchmetrics_refuses_it()
     assert merged.update_count == 4
     with pytest.raises(RuntimeError, match="full_state_update"):
         few.merge_state(many)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_an_idle_client_does_not_count(position: int) -> None:
+    own = [MeanOfClients(), MeanOfClients()]
+    own[0].update(2.0)
+    own[1].update(4.0)
+    own.insert(position, MeanOfClients())
+    merged = reduce(merge_states, map(metric_state, own))
+    assert load_metric_state(MeanOfClients(), merged).compute().item() == 3.0
+
+
+def test_two_idle_clients_stay_idle() -> None:
+    merged = merge_states(metric_state(MeanOfBatches()), metric_state(MeanOfBatches()))
+    loaded = load_metric_state(MeanOfBatches(), merged)
+    assert loaded.update_count == 0
+    assert loaded.level.item() == 0.0
+
+
+def test_what_the_target_held_is_gone_even_where_no_client_has_anything() -> None:
+    target = ResetsNothing()
+    target.update(1.0)
+    assert load_metric_state(target, metric_state(ResetsNothing())).parts[0].update_count == 0
+    assert target.parts[0].update_count == 1
+
+
+def test_a_classwise_wrapper_sends_its_metric_once() -> None:
+    inner = MulticlassAccuracy(3, average=None)
+    assert state_num_bytes(metric_state(ClasswiseWrapper(inner))) == state_num_bytes(metric_state(inner))
 
 
 def test_a_state_is_plain_data() -> None:
