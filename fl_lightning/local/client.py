@@ -16,8 +16,8 @@ import torch
 from fl_lightning.algorithms.base import Algorithm
 from fl_lightning.data import ClientPopulation
 from fl_lightning.errors import ClientError, MisconfigurationException
+from fl_lightning.local.choice import choose_loop
 from fl_lightning.local.job import ClientData, Job, Loop, Outcome
-from fl_lightning.local.lightning_loop import LightningLoop
 from fl_lightning.local.recalibration import statistics_contribution
 from fl_lightning.local.recorder import Record
 from fl_lightning.local.settings import LocalSettings
@@ -82,7 +82,7 @@ class ClientHalf:
         self.population = population
         self.store = store
         self.wants_curve = wants_curve
-        self.lightning_loop = LightningLoop(module, algorithm, settings)
+        self.lightning_loop = choose_loop(module, algorithm, settings)
         self.loop: Loop = self.lightning_loop
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:

@@ -1,0 +1,349 @@
+"""One client's local training without a Trainer: the module's own methods in Lightning's order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Callback
+from lightning.pytorch.core.optimizer import (
+    _configure_optimizers,
+    _configure_schedulers_automatic_opt,
+    _validate_optimizers_attached,
+    _validate_scheduler_api,
+)
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from fl_lightning.callbacks.base import GradientCorrection
+from fl_lightning.local.lean_data import Batches
+from fl_lightning.local.lean_log import Log, ResultLog, ScalarLog
+from fl_lightning.local.lean_step import step_function
+from fl_lightning.local.lean_trainer import LeanTrainer, NotPlain, Progress
+from fl_lightning.local.recorder import ClientLogger
+
+__all__ = ["Fit", "configure"]
+
+Hook = Callable[..., Any]
+_BEFORE_STEP = "on_before_optimizer_step"
+
+
+class Fit:
+    """What ``Trainer.fit`` does for a plain module.
+
+    Args:
+        module: the worker's module.
+        batches: opens the client's data.
+        callbacks: the client's callbacks.
+        progress: epochs, steps and accumulation of this fit.
+        logger: where the client's curve goes, or ``None``.
+        offset: steps of the client's earlier rounds.
+        clip: ``gradient_clip_val`` and ``gradient_clip_algorithm``.
+        precision: Lightning's precision plugin of the clients.
+        device: where the client trains.
+        num_examples: size of the client's data; ``None`` counts the first epoch's.
+        any_log: take Lightning's own collection for what is logged.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        batches: Callable[[], Batches],
+        callbacks: list[Callback],
+        progress: Progress,
+        logger: ClientLogger | None,
+        offset: int,
+        clip: tuple[float | None, Any],
+        precision: Precision,
+        device: torch.device,
+        num_examples: int | None,
+        any_log: bool,
+    ) -> None:
+        self.module = module
+        self.callbacks = callbacks
+        self.progress = progress
+        self.precision = precision
+        self.device = device
+        self.num_examples = num_examples or 0
+        curve = logger if logger is not None and logger.enabled else None
+        self.log: Log = ResultLog(curve) if any_log else ScalarLog(curve)
+        self.trainer = LeanTrainer(progress, callbacks, [] if logger is None else [logger], device, precision.precision)
+        self._count_examples = num_examples is None
+        self._open = batches
+        self._batches: Batches | None = None
+        self._iterator: Iterator[Any] | None = None
+        self._clip = clip[0]
+        self._clip_algorithm = clip[1] or GradClipAlgorithmType.NORM
+        self._stepped = offset  # of all rounds: the curve's own count
+        self._logged_a_point = False
+        progress.open_data = self._open_data
+
+    # ---- from setup to teardown ----------------------------------------------------------------------------------
+
+    def run(self, load: Callable[[nn.Module], None], optimizers: Callable[[list[Optimizer], list[Any]], None]) -> None:
+        """Train.
+
+        Args:
+            load: puts the client's start into the module, after its ``setup``.
+            optimizers: adjusts what ``configure_optimizers`` returned.
+        """
+        module, progress = self.module, self.progress
+        module.trainer = self.trainer  # type: ignore[assignment]
+        if isinstance(self.log, ScalarLog):
+            vars(module)["log"] = self.log.log
+        elif isinstance(self.log, ResultLog):
+            self.trainer.take_results(self.log.results, self.log)
+        self._call("setup", stage="fit")
+        load(module)
+        progress.optimizers, progress.schedulers = configure(module)
+        optimizers(progress.optimizers, progress.schedulers)
+        self._prepare()
+        self._call("on_fit_start")
+        self._open_data()
+        self._call("on_train_start")
+        while not self._done():
+            self._epoch()
+            progress.epoch += 1
+        self._call("on_train_end")
+        self._call("on_fit_end")
+        self._call("teardown", stage="fit")
+        if progress.refused is not None:  # the module swallowed the refusal and went on without an answer
+            raise NotPlain(progress.refused)
+
+    def _prepare(self) -> None:
+        module = self.module
+        self._optimizer = self.progress.optimizers[0]
+        self._step = step_function(self._optimizer)
+        self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._context = _step_context(self.precision)
+        self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        self._batch_start = self._hooks("on_train_batch_start")
+        self._callback_batch_end = self._hooks("on_train_batch_end", of_module=False)
+        self._module_batch_end = self._hooks("on_train_batch_end", of_callbacks=False)
+        self._before_step = self._corrections()
+
+    def _open_data(self) -> int:
+        """Open the client's data and start its first epoch, as Lightning does before ``on_train_start``."""
+        if self._batches is None:
+            self._batches = self._open()
+            self.progress.num_batches = self._batches.num_batches
+            self._iterator = self._batches.begin(0)
+        return self._batches.num_batches
+
+    def _done(self) -> bool:
+        progress = self.progress
+        if not progress.num_batches or (progress.steps is not None and progress.global_step >= progress.steps):
+            return True
+        return progress.epochs is not None and progress.epoch >= progress.epochs
+
+    # ---- an epoch and a batch -------------------------------------------------------------------------------------
+
+    def _epoch(self) -> None:
+        progress, batches = self.progress, self._batches
+        assert batches is not None
+        self._call("on_train_epoch_start")
+        iterator = self._iterator if progress.epoch == 0 else batches.begin(progress.epoch)
+        assert iterator is not None
+        self.module._current_fx_name = "training_step"
+        num_batches = batches.num_batches
+        for index in range(num_batches):
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                raise NotPlain(f"a loader of {num_batches} batches gave {index}") from None
+            progress.is_last_batch = index + 1 == num_batches
+            self._batch(batch, index)
+            if progress.steps is not None and progress.global_step >= progress.steps:
+                break
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        self.log.end_batches()
+        self._call("on_train_epoch_end")
+        self.log.close_epoch(self.num_examples)
+        self.log.end_epoch(self._stepped - 1)
+
+    def _batch(self, batch: Any, index: int) -> None:
+        progress, log = self.progress, self.log
+        if batch is None:
+            raise NotPlain("its loader gives None for a batch")
+        if self.device.type != "cpu":
+            batch = move_data_to_device(batch, self.device)
+        log.begin_batch(batch)
+        accumulates = (index + 1) % progress.accumulate != 0 and not progress.is_last_batch
+        point = self._point(accumulates)
+        for hook in self._batch_start:
+            if hook(batch, index) == -1:
+                raise NotPlain("on_train_batch_start skips the rest of an epoch")
+        if self._count_examples and progress.epoch == 0:
+            self.num_examples += extract_batch_size(batch)
+        outputs = self._optimize(batch, index, accumulates)
+        self._schedule(index, accumulates)
+        for hook in self._callback_batch_end:
+            hook(outputs, batch, index)
+        log.observe()
+        for hook in self._module_batch_end:
+            hook(outputs, batch, index)
+        log.end_batch(point)
+        if not accumulates:
+            self._stepped += 1
+
+    def _point(self, accumulates: bool) -> int | None:
+        """Return the step at which this batch's values go on the curve, by the rule of LightningLoop's observer."""
+        progress = self.progress
+        if (self._stepped + 1) % progress.log_every == 0:
+            self._logged_a_point = True
+        elif progress.is_last_batch and not self._logged_a_point:
+            progress.log_every = 1  # every round leaves at least one point on the client's curve
+        return self._stepped if not accumulates and (self._stepped + 1) % progress.log_every == 0 else None
+
+    def _optimize(self, batch: Any, index: int, accumulates: bool) -> Any:
+        with self._context():
+            output = self.module.training_step(batch, index) if self._takes_index else self.module.training_step(batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            raise NotPlain("training_step returned no loss")
+        if index % self.progress.accumulate == 0:
+            for parameter in self._parameters:
+                parameter.grad = None
+        accumulate = self.progress.accumulate
+        (loss if accumulate == 1 else loss / accumulate).backward()  # type: ignore[no-untyped-call]
+        if not accumulates:
+            for hook in self._before_step:
+                hook()
+            if self._clip:
+                self.precision.clip_gradients(self._optimizer, self._clip, self._clip_algorithm)
+            self._step()
+            self.progress.global_step += 1
+        if not (self._callback_batch_end or self._module_batch_end):
+            return None
+        extra = {k: v for k, v in output.items() if k != "loss"} if isinstance(output, Mapping) else {}
+        return {"loss": (loss / accumulate).detach().clone(), **extra}
+
+    def _schedule(self, index: int, accumulates: bool) -> None:
+        for config in self.progress.schedulers:
+            if config.interval == "step":
+                due = not accumulates and (index + 1) % config.frequency == 0
+            else:
+                due = self.progress.is_last_batch and (self.progress.epoch + 1) % config.frequency == 0
+            if due:
+                config.scheduler.step()
+
+    # ---- hooks ----------------------------------------------------------------------------------------------------
+
+    def _hooks(self, name: str, of_callbacks: bool = True, of_module: bool = True) -> list[Hook]:
+        """Return the versions of a hook that do something: callbacks first, then the module, as in Lightning."""
+        found: list[Hook] = []
+        if of_callbacks:
+            found += [
+                _of_callback(getattr(callback, name), self.trainer, self.module)
+                for callback in self.callbacks
+                if getattr(type(callback), name) is not getattr(Callback, name)
+            ]
+        if of_module and not _inherited(self.module, name):
+            found.append(_of_module(self.module, name))
+        return found
+
+    def _call(self, name: str, **arguments: Any) -> None:
+        for hook in self._hooks(name):
+            hook(**arguments)
+
+    def _corrections(self) -> list[Callable[[], None]]:
+        found: list[Callable[[], None]] = []
+        for callback in self.callbacks:
+            own = getattr(type(callback), _BEFORE_STEP)
+            if own is GradientCorrection.on_before_optimizer_step:
+                assert isinstance(callback, GradientCorrection)
+                found.append(self._correction(callback))
+            elif own is not Callback.on_before_optimizer_step:
+                found.append(_before(callback, self.trainer, self.module, self._optimizer))
+        return found
+
+    def _correction(self, callback: GradientCorrection) -> Callable[[], None]:
+        mine = {id(p) for p in self._parameters}
+        named = [(name, p) for name, p in self.module.named_parameters() if id(p) in mine]
+        task = callback.task
+        assert task is not None
+
+        @torch.no_grad()
+        def correct() -> None:
+            params = {name: p for name, p in named if p.grad is not None}
+            if not params:
+                return
+            grads: dict[str, Tensor] = {name: p.grad for name, p in params.items()}  # type: ignore[misc]
+            corrected = callback.correct(grads, {name: p.detach() for name, p in params.items()}, task)
+            for name, p in params.items():
+                if corrected[name] is not p.grad:
+                    p.grad.copy_(corrected[name])  # type: ignore[union-attr]
+            callback.num_corrections += 1
+
+        return correct
+
+
+def configure(module: pl.LightningModule) -> tuple[list[Optimizer], list[Any]]:
+    """Call ``configure_optimizers`` and read what it returns as Lightning does.
+
+    Raises:
+        NotPlain: for anything but one of torch's own optimizers, or a scheduler that looks at a metric.
+    """
+    module._current_fx_name = "configure_optimizers"
+    optimizers, schedulers, monitor = _configure_optimizers(module.configure_optimizers())  # type: ignore[arg-type]
+    configs = _configure_schedulers_automatic_opt(schedulers, monitor)
+    _validate_optimizers_attached(optimizers, configs)
+    _validate_scheduler_api(configs, module)
+    if len(optimizers) != 1:
+        raise NotPlain(f"configure_optimizers returns {len(optimizers)} optimizers")
+    kind = type(optimizers[0])
+    if not kind.__module__.startswith("torch.optim.") or kind is LBFGS:
+        raise NotPlain(f"its optimizer is {kind.__name__}, which may call for the gradient more than once")
+    if any(config.reduce_on_plateau for config in configs):
+        raise NotPlain("its learning-rate scheduler looks at a metric")
+    return optimizers, configs
+
+
+def _step_context(precision: Precision) -> Callable[[], AbstractContextManager[Any]]:
+    return nullcontext if type(precision) is Precision else precision.train_step_context
+
+
+def _inherited(module: pl.LightningModule, name: str) -> bool:
+    own = getattr(type(module), name)
+    return own.__module__.startswith(("lightning.", "pytorch_lightning.")) and name not in vars(module) and (
+        own.__qualname__.split(".")[0] in ("LightningModule", "ModelHooks", "DataHooks")
+    )
+
+
+def _of_callback(hook: Hook, trainer: LeanTrainer, module: pl.LightningModule) -> Hook:
+    return lambda *arguments, **named: hook(trainer, module, *arguments, **named)
+
+
+def _of_module(module: pl.LightningModule, name: str) -> Hook:
+    hook = getattr(module, name)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        before = module._current_fx_name
+        module._current_fx_name = name
+        # numbers of training_step alone go to plain lists
+        quick = vars(module).pop("log", None)
+        try:
+            return hook(*arguments, **named)
+        finally:
+            module._current_fx_name = before
+            if quick is not None:
+                vars(module)["log"] = quick
+
+    return call
+
+
+def _before(
+    callback: Callback, trainer: LeanTrainer, module: pl.LightningModule, optimizer: Optimizer
+) -> Callable[[], None]:
+    return lambda: callback.on_before_optimizer_step(trainer, module, optimizer)  # type: ignore[arg-type]
+
