@@ -105,7 +105,7 @@ def reduce_over_processes(partial: PartialSum, device: torch.device) -> PartialS
         "templates": {k: {n: (t.shape, t.dtype) for n, t in tree.items()} for k, tree in partial.trees.items()},
     }
     everyone = gather_objects(small)
-    templates = next((each["templates"] for each in everyone if each["count"]), {})
+    templates: dict[str, Any] = next((each["templates"] for each in everyone if each["count"]), {})
     sides = [PartialSum({}, each["scalars"], each["metrics"], each["count"]) for each in everyone]
     counts = [each["count"] for each in everyone]
     total = _tree(sides)
@@ -123,7 +123,9 @@ def _tree(sides: Iterable[PartialSum]) -> PartialSum:
     return merged.total()
 
 
-def _reduce_tree(own: dict[str, Tensor], template: dict[str, Tensor], counts: list[int], device: torch.device) -> dict[str, Tensor]:
+def _reduce_tree(
+    own: dict[str, Tensor], template: dict[str, Tensor], counts: list[int], device: torch.device
+) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for dtype in dict.fromkeys(tensor.dtype for tensor in template.values()):
         part = {name: tensor for name, tensor in template.items() if tensor.dtype == dtype}

@@ -23,7 +23,9 @@ TRAINER_ARGUMENTS: dict[str, Argument] = {
     "strategy": Argument("server", "splits the cohort over processes; FSDP, DeepSpeed and model-parallel are refused"),
     "devices": Argument("server", "processes that share the cohort"),
     "num_nodes": Argument("server", "nodes that share the cohort"),
-    "precision": Argument("both", "holds for clients and evaluation; the server's sums and weights stay float32 (float64)"),
+    "precision": Argument(
+        "both", "holds for clients and evaluation; the server's sums and weights stay float32 (float64)"
+    ),
     "logger": Argument("server", "rounds; each client's curves go below the same folder"),
     "callbacks": Argument("server", "see rounds as epochs; callbacks of local training go to client_callbacks"),
     "fast_dev_run": Argument("both", "one round, two clients, one batch each"),
@@ -50,12 +52,16 @@ TRAINER_ARGUMENTS: dict[str, Argument] = {
     "deterministic": Argument("both", "torch's deterministic algorithms"),
     "benchmark": Argument("both", "cuDNN's autotuner"),
     "inference_mode": Argument("both", "how evaluation runs"),
-    "use_distributed_sampler": Argument("server", "shards the server's evaluation data over processes"),
+    "use_distributed_sampler": Argument(
+        "server", "not used: every process evaluates all of the server's data, so values do not depend on devices"
+    ),
     "profiler": Argument("server", "profiles rounds"),
     "detect_anomaly": Argument("client", "autograd's anomaly detection in local training"),
     "barebones": Argument("server", "rounds without logging, checkpoints and progress bar"),
     "plugins": Argument("both", "a precision plugin holds for the clients too; the others belong to the federation"),
-    "sync_batchnorm": Argument("refused", "clients do not train in step; use batch_norm='average', 'local' or 'recalibrate'"),
+    "sync_batchnorm": Argument(
+        "refused", "clients do not train in step; use batch_norm='average', 'local' or 'recalibrate'"
+    ),
     "reload_dataloaders_every_n_epochs": Argument("server", "reloads the server's evaluation data every n rounds"),
     "default_root_dir": Argument("server", "where logs/ is"),
     "enable_autolog_hparams": Argument("server", "the module's hyperparameters are logged once"),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from fl_lightning import __version__
@@ -15,12 +15,11 @@ from fl_lightning.trainer import FederatedTrainer
 
 __all__ = ["FederatedCLI", "main"]
 
-_DESCRIPTION = """Federated learning for people who already have a LightningModule.
-
-  fl-lightning fit --config configs/fedavg.yaml
-  fl-lightning fit --config configs/fedavg.yaml --trainer.max_rounds 50 --ckpt_path last
-  fl-lightning fit --model my_module.MyModule --data fl_lightning.data.FederatedDataModule --print_config
-"""
+_DESCRIPTION = (
+    "Federated learning for people who already have a LightningModule. "
+    "Start with: fl-lightning fit --config configs/fedavg.yaml; go on after a stop with --ckpt_path last; "
+    "see every setting with --print_config."
+)
 
 
 class FederatedCLI(LightningCLI):
@@ -48,10 +47,6 @@ class FederatedCLI(LightningCLI):
             "predict": {"model", "dataloaders", "datamodule"},
         }
 
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = super().init_parser(**kwargs)
-        return parser
-
     def after_fit(self) -> None:
         """Print what a user looks for after a run: how good, where, and how to look at it."""
         trainer = self.trainer
@@ -75,6 +70,10 @@ def _print_summary(trainer: FederatedTrainer) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run ``fl-lightning``."""
+    """Run ``fl-lightning``; a wrong configuration ends it with one message and exit code 2."""
     sys.path.insert(0, "")  # a module in the current folder is found by its name
-    FederatedCLI(args=list(args) if args is not None else None)
+    try:
+        FederatedCLI(args=list(args) if args is not None else None)
+    except MisconfigurationException as error:
+        sys.stderr.write(f"\nfl-lightning: error: {error}\n")
+        sys.exit(2)

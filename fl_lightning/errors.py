@@ -15,7 +15,7 @@ class ClientError(RuntimeError):
     def __init__(self, client_id: ClientId, round: int, reason: str) -> None:
         super().__init__(
             f"Client {client_id!r} failed in round {round}: {reason}\n"
-            "Mend the client, or pass on_bad_update='skip' to go on without it (it is then named in the round's report)."
+            "Mend the client, or pass on_bad_update='skip' to go on without it (the round's report names it)."
         )
         self.client_id = client_id
         self.round = round

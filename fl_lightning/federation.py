@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -19,15 +19,13 @@ from fl_lightning.data import ClientPopulation
 from fl_lightning.engines import Engine
 from fl_lightning.errors import BadUpdateError, ClientError, EmptyClientError, MisconfigurationException
 from fl_lightning.local.client import ClientResult, Failure
-from fl_lightning.local.recalibration import combined_statistics
 from fl_lightning.local.recorder import Record
 from fl_lightning.local.settings import LocalSettings
-from fl_lightning.metrics import MetricSums
-from fl_lightning.schedules import Sampler, UniformSampler, assign_lanes, cohort_size, lanes_of_rank, require_enough
+from fl_lightning.schedules import Sampler, assign_lanes, cohort_size, lanes_of_rank, require_enough
 from fl_lightning.schedules.lanes import sort_key
 from fl_lightning.seeding import seed_everywhere, seed_for
 from fl_lightning.store import ClientStore
-from fl_lightning.traveling import BatchNormPolicy, Traveling, batch_norm_buffers
+from fl_lightning.traveling import BatchNormPolicy, Traveling
 from fl_lightning.tree import num_bytes
 from fl_lightning.types import ClientId, ClientTask, RoundReport, Tree, Work
 
@@ -205,9 +203,10 @@ class Federation:
         )
 
     def _run_lanes(self, tasks: Sequence[ClientTask]) -> tuple[PartialSum, list[ClientResult]]:
-        sizes = [self._estimated_work(task) for task in tasks]
+        sizes = [self.estimated_work(task) for task in tasks]
         lanes = assign_lanes([task.client_id for task in tasks], sizes, self.settings.num_lanes)
-        merged, results = TreeSum(), []
+        merged = TreeSum()
+        results: list[ClientResult] = []
         mine = sum(len(lanes[lane]) for lane in self.lanes)
         for lane in self.lanes:
             partial = PartialSum()
@@ -228,7 +227,7 @@ class Federation:
             raise SIGTERMException
         return self.settings.on_bad_update == "raise" and bool(results) and results[-1].failure is not None
 
-    def _estimated_work(self, task: ClientTask) -> float:
+    def estimated_work(self, task: ClientTask) -> float:
         if task.work.steps is not None:
             return float(task.work.steps)
         return float((self.population.client_size(task.client_id) or 1) * (task.work.epochs or 1))
@@ -276,28 +275,9 @@ class Federation:
         if self.store is not None:
             self.store.commit([r.client_id for r in outcome.results if r.has_memory], outcome.report.round)
 
-    @torch.no_grad()
-    def recalibrate(self, cohort: Sequence[ClientId], round: int) -> None:
-        """Measure BatchNorm's running statistics of the new model on the cohort's data."""
-        names = batch_norm_buffers(self.module)
-        own = dict(self.module.named_buffers())
-        broadcast: dict[str, Tree] = {"model": self.model(), "buffers": {}}
-        tasks = [
-            ClientTask(c, round, -1, broadcast, seed_for(self.settings.seed, round, c, "recalibration")) for c in cohort
-        ]
-        merged = TreeSum()
-        lanes = assign_lanes(cohort, [self._estimated_work(task) for task in tasks], self.settings.num_lanes)
-        with torch.enable_grad():
-            for lane in self.lanes:
-                partial = PartialSum()
-                for _, contribution in self.engine.recalibrate((tasks[p] for p in lanes[lane]), names):
-                    partial.add(contribution, None)
-                merged.push(partial)
-        total = reduce_over_processes(merged.total(), self.device)
-        for name, value in combined_statistics(total.as_contribution(), own).items():
-            own[name].copy_(value)
-
-    def count_steps(self, results: Iterable[ClientResult], logged: Callable[[ClientId], bool]) -> dict[ClientId, list[Record]]:
+    def count_steps(
+        self, results: Iterable[ClientResult], logged: Callable[[ClientId], bool]
+    ) -> dict[ClientId, list[Record]]:
         """Advance the logged clients' step counts and return their new records."""
         curves: dict[ClientId, list[Record]] = {}
         for result in results:
@@ -309,52 +289,6 @@ class Federation:
     def seed_server(self, round: int) -> None:
         """Seed what the server itself draws in a round, evaluation included: a resume then draws the same."""
         seed_everywhere(seed_for(self.settings.seed, round, None, "server"))
-
-    # ---- evaluation on clients ---------------------------------------------------------------------------------
-
-    def evaluate(self, round: int, at_most: int | None = None) -> tuple[dict[str, float], dict[str, dict[ClientId, float]]]:
-        """Evaluate the global model on clients' own validation data.
-
-        Returns:
-            The exact value over all examples of all evaluated clients by metric name, and each client's own value.
-        """
-        ids = self.population.client_ids()
-        size = cohort_size(_as_cohort(self.settings.evaluate_clients), len(ids))
-        if at_most is not None:
-            size = min(size, at_most)
-        seed = seed_for(self.settings.seed, -1 if size == len(ids) else round, None, "evaluation")
-        cohort = sorted(self.sampler_for_evaluation(size, seed, round), key=sort_key)
-        broadcast = {"model": self.model(), "buffers": self.buffers()}
-        tasks = [
-            ClientTask(c, round, -1, broadcast, seed_for(self.settings.seed, round, c, "evaluation")) for c in cohort
-        ]
-        lanes = assign_lanes(cohort, [1.0] * len(cohort), self.settings.num_lanes)
-        merged, own = TreeSum(), {}
-        for lane in self.lanes:
-            partial = PartialSum()
-            for client_id, sums in self.engine.evaluate(tasks[position] for position in lanes[lane]):
-                if isinstance(sums, Failure):
-                    raise_failure(client_id, round, sums)
-                if sums is not None:
-                    own[client_id] = scalars(sums.compute(self.module))
-                    partial.metrics = partial.metrics.merge(sums)
-                    partial.num_clients += 1
-            merged.push(partial)
-        total = reduce_over_processes(merged.total(), self.device)
-        if not total.num_clients:
-            raise MisconfigurationException(
-                "evaluate_clients needs validation data, but no evaluated client has any. Give the data module "
-                "client_val_dataloader(id), use FederatedDataModule(..., client_val_fraction=0.1), or a val_dataloader."
-            )
-        values: dict[str, dict[ClientId, float]] = {}
-        everyone = {client_id: named for some in gather_objects(own) for client_id, named in some.items()}
-        for client_id in cohort:
-            for name, value in everyone.get(client_id, {}).items():
-                values.setdefault(name, {})[client_id] = value
-        return scalars(total.metrics.compute(self.module)), values
-
-    def sampler_for_evaluation(self, size: int, seed: int, round: int) -> list[ClientId]:
-        return UniformSampler().cohort(self.population, size, seed, round)
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:
@@ -369,7 +303,7 @@ def scalars(values: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def raise_failure(client_id: ClientId, round: int, failure: Failure) -> None:
+def raise_failure(client_id: ClientId, round: int, failure: Failure) -> NoReturn:
     """Raise what stopped a client, named, with its own error as the cause."""
     cause = failure.exception
     if isinstance(cause, MisconfigurationException):
@@ -384,13 +318,10 @@ def raise_failure(client_id: ClientId, round: int, failure: Failure) -> None:
 def _portable(result: ClientResult) -> ClientResult:
     if result.failure is None:
         return result
-    failure = Failure(result.failure.reason, result.failure.details, result.failure.bad_update)
-    if isinstance(result.failure.exception, ClientError):
-        failure.exception = result.failure.exception
-    return ClientResult(result.client_id, result.dispatch_id, failure=failure)
+    return ClientResult(result.client_id, result.dispatch_id, failure=portable_failure(result.failure))
 
 
-def _as_cohort(evaluate_clients: bool | int | float) -> int | float | None:
-    return None if evaluate_clients is True else evaluate_clients
-
-
+def portable_failure(failure: Failure) -> Failure:
+    # a user's exception may not be picklable; its text travels, and the federation's own errors do
+    own = failure.exception if isinstance(failure.exception, ClientError | MisconfigurationException) else None
+    return Failure(failure.reason, failure.details, failure.bad_update, own)

@@ -15,11 +15,12 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from fl_lightning.after_round import evaluate, recalibrate
 from fl_lightning.data import ClientPopulation
 from fl_lightning.federation import Federation, RoundOutcome, rehearsal
 from fl_lightning.local.client import ClientHalf
 from fl_lightning.local.worker import copied_module
-from fl_lightning.reporting import ClientCurves, RoundCharts, RoundsFile, cut_logs
+from fl_lightning.reporting import ClientCurves, RoundCharts, RoundsFile, cut_logs, flush_logs
 from fl_lightning.seeding import root_seed
 from fl_lightning.server import twin_of
 from fl_lightning.store import ClientStore
@@ -86,7 +87,9 @@ class FederatedFit:
         federation.store = ClientStore(folder / "memory")
         federation.interrupted = lambda: trainer.received_sigterm
         federation.on_client_end = self._client_ended
-        self.rounds = RoundsFile(folder / "rounds.jsonl") if trainer.is_global_zero and not trainer.fast_dev_run else None
+        self.rounds = (
+            RoundsFile(folder / "rounds.jsonl") if trainer.is_global_zero and not trainer.fast_dev_run else None
+        )
         self._resume(folder)
         settings = federation.local_settings(trainer.local_settings())
         settings.save_dir, settings.has_loggers = str(folder), bool(trainer.loggers)
@@ -156,7 +159,7 @@ class FederatedFit:
         assert outcome is not None
         federation.accept(outcome)
         if self.trainer.settings.batch_norm == "recalibrate" and batch_norm_buffers(self.trainer.lightning_module):
-            federation.recalibrate(outcome.report.cohort, outcome.report.round)
+            recalibrate(federation, outcome.report.cohort, outcome.report.round)
         curves = federation.count_steps(outcome.results, self.curves.wants)
         if self.trainer.is_global_zero:
             self.curves.write(outcome.report.round, curves)
@@ -169,7 +172,7 @@ class FederatedFit:
 
     def _charts_are_due(self) -> bool:
         every = self.trainer.log_every_n_steps
-        return every > 0 and (self.trainer.current_epoch + 1) % every == 0
+        return bool(every > 0 and (self.trainer.current_epoch + 1) % every == 0)
 
     def _evaluate_clients(self, report: RoundReport) -> None:
         trainer, settings = self.trainer, self.trainer.settings
@@ -177,7 +180,7 @@ class FederatedFit:
         due = (report.round + 1) % every == 0 and (report.round + 1) % settings.evaluate_every_n_rounds == 0
         if settings.evaluate_clients is False or not due:
             return
-        exact, own = self.federation.evaluate(report.round, 2 if trainer.fast_dev_run else None)
+        exact, own = evaluate(self.federation, report.round, 2 if trainer.fast_dev_run else None)
         metrics = {f"clients/{name}": value for name, value in exact.items()}
         for name, values in own.items():
             metrics.update(self.charts.spread(f"clients/{name}", values))
@@ -212,13 +215,17 @@ class FederatedFit:
         if algorithm.server_lr_scheduler is None:
             return optimizer
         scheduler = algorithm.server_lr_scheduler(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch", "name": "server_lr"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "epoch", "name": "server_lr"},
+        }
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps under ``"fl_lightning"``: tensors and primitives only."""
         self.close_round()
+        flush_logs(self.trainer.loggers)
         federation = self.federation
         offset, digest = self.rounds.offset_and_hash() if self.rounds is not None else (0, "")
         assert federation.store is not None
@@ -251,7 +258,9 @@ class FederatedFit:
                 f"use trainer.fit({self._name}.load_from_checkpoint(path), ...) without ckpt_path."
             )
         own, other = dict(module.state_dict()), checkpoint["state_dict"]
-        wrong = sorted(n for n in own.keys() | other.keys() if n not in own or n not in other or own[n].shape != other[n].shape)
+        wrong = sorted(
+            n for n in own.keys() | other.keys() if n not in own or n not in other or own[n].shape != other[n].shape
+        )
         if wrong and module.strict_loading:
             raise MisconfigurationException(
                 f"The checkpoint is of another model: {len(wrong)} tensors differ from {self._name} in "

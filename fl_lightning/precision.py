@@ -39,10 +39,18 @@ class ServerPrecision(Precision):
         return data if isinstance(self.inner, HalfPrecision) else self.inner.convert_output(data)
 
     def module_init_context(self) -> AbstractContextManager[Any]:
-        return self.inner.module_init_context() if isinstance(self.inner, DoublePrecision) else super().module_init_context()
+        return (
+            self.inner.module_init_context()
+            if isinstance(self.inner, DoublePrecision)
+            else super().module_init_context()
+        )
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
-        return self.inner.tensor_init_context() if isinstance(self.inner, DoublePrecision) else super().tensor_init_context()
+        return (
+            self.inner.tensor_init_context()
+            if isinstance(self.inner, DoublePrecision)
+            else super().tensor_init_context()
+        )
 
     @contextmanager
     def _evaluation(self, own: AbstractContextManager[Any]) -> Iterator[None]:
@@ -54,11 +62,11 @@ class ServerPrecision(Precision):
             with own:
                 yield
 
-    def val_step_context(self) -> AbstractContextManager[Any]:
+    def val_step_context(self) -> Any:
         return self._evaluation(self.inner.val_step_context())
 
-    def test_step_context(self) -> AbstractContextManager[Any]:
+    def test_step_context(self) -> Any:
         return self._evaluation(self.inner.test_step_context())
 
-    def predict_step_context(self) -> AbstractContextManager[Any]:
+    def predict_step_context(self) -> Any:
         return self._evaluation(self.inner.predict_step_context())

@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,11 +52,12 @@ def root_seed() -> int:
 
 def seed_everywhere(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global generators, of the CPU and of every accelerator in use."""
+    cuda: Any = torch.cuda
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # NumPy's legacy generator takes 32 bits
+    np.random.seed(seed % 2**32)  # noqa: NPY002 users' code draws from the global generator. NumPy's legacy generator takes 32 bits
     # `torch.manual_seed` formats a stack trace for lazy CUDA seeding; once per client that trebled a small step's cost
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
@@ -72,7 +74,8 @@ def forked_rng(seed: int) -> Iterator[None]:
         >>> bool(torch.rand(1) == before)
         True
     """
-    states = _collect_rng_states(include_cuda=torch.cuda.is_initialized())
+    cuda: Any = torch.cuda
+    states = _collect_rng_states(include_cuda=cuda.is_initialized())
     seed_everywhere(seed)
     try:
         yield

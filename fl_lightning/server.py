@@ -14,11 +14,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loops import _EvaluationLoop
+from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["RoundBatch", "RoundLoader", "as_lightning", "federated", "twin_of"]
+from fl_lightning.metrics import alone
+
+__all__ = ["RoundBatch", "RoundLoader", "as_lightning", "evaluate_whole", "federated", "twin_of"]
 
 
 class RoundBatch:
@@ -57,9 +61,7 @@ class _Server:
     def configure_optimizers(self) -> Any:
         return self.trainer.federated_fit.configure_optimizers()
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Any = None
-    ) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Any = None) -> None:
         optimizer.step(closure=optimizer_closure)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
@@ -133,6 +135,39 @@ class _Server:
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
 
+class _WholeEvaluation(_EvaluationLoop):
+    """Evaluates as if the process were alone; callbacks that save or stop still see the group."""
+
+    def _evaluation_step(self, *args: Any, **kwargs: Any) -> None:
+        with alone():
+            super()._evaluation_step(*args, **kwargs)
+
+    def _on_evaluation_epoch_end(self) -> None:
+        with alone():
+            super()._on_evaluation_epoch_end()
+
+
+class _WholeMetrics(_LoggerConnector):
+    @property
+    def metrics(self) -> Any:
+        with alone():
+            return super().metrics
+
+
+def evaluate_whole(trainer: pl.Trainer) -> None:
+    """Let every process evaluate all of the server's data, without synchronising what it finds.
+
+    Lightning shards evaluation data over processes, pads the shards with repeated examples and averages over ranks
+    only what asks for it: values would depend on the number of processes.
+    """
+    if trainer.world_size == 1:
+        return
+    trainer._accelerator_connector.use_distributed_sampler = False
+    trainer._logger_connector.__class__ = _WholeMetrics
+    for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+        loop.__class__ = _WholeEvaluation
+
+
 _twins: dict[type, type] = {}
 
 
@@ -151,7 +186,9 @@ def _twin_class(user_class: type) -> type:
         return user_class
     if user_class not in _twins:
         members = {"__module__": user_class.__module__, "__qualname__": user_class.__qualname__}
-        _twins[user_class] = type(user_class.__name__, (user_class, pl.LightningModule), members | _base_hooks(user_class))
+        _twins[user_class] = type(
+            user_class.__name__, (user_class, pl.LightningModule), members | _base_hooks(user_class)
+        )
     return _twins[user_class]
 
 
@@ -163,7 +200,11 @@ def _base_hooks(user_class: type) -> dict[str, Any]:
     hooks = {}
     for name in dir(user_class):
         provider = next((base for base in user_class.__mro__ if name in base.__dict__), object)
-        if provider.__module__.startswith("pytorch_lightning.") and not name.startswith("__") and hasattr(pl.LightningModule, name):
+        if (
+            provider.__module__.startswith("pytorch_lightning.")
+            and not name.startswith("__")
+            and hasattr(pl.LightningModule, name)
+        ):
             hooks[name] = inspect.getattr_static(pl.LightningModule, name)
     return hooks
 

@@ -77,7 +77,9 @@ class ClientStore:
 
     def gc(self, keep: Iterable[Mapping[Any, int]] = ()) -> int:
         """Delete every version that neither the current index nor one of ``keep`` names; return how many."""
-        alive = {self._path(client_id, version) for index in (self._index, *keep) for client_id, version in index.items()}
+        alive = {
+            self._path(client_id, version) for index in (self._index, *keep) for client_id, version in index.items()
+        }
         dead = [path for path in self.folder.glob("*/*.memory") if path not in alive]
         for path in dead:
             path.unlink(missing_ok=True)

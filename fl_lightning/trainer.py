@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,12 +23,15 @@ from fl_lightning.data.forwarding import as_lightning_datamodule
 from fl_lightning.engines import Engine, InProcessEngine
 from fl_lightning.federation import FederationSettings
 from fl_lightning.fitting import FederatedFit
+from fl_lightning.inputs import is_datamodule, plain_module, prepare_server_arguments, sort_data
 from fl_lightning.local.quiet import without_hints
 from fl_lightning.local.settings import LocalSettings
 from fl_lightning.precision import ServerPrecision
-from fl_lightning.reporting import continue_version, federated_progress_bar, newest_checkpoint
+from fl_lightning.reporting import continue_runs, federated_progress_bar, newest_checkpoint
+from fl_lightning.reporting.client_curves import is_logger
+from fl_lightning.reporting.csv_history import continue_csv
 from fl_lightning.schedules import Sampler, UniformSampler
-from fl_lightning.server import RoundLoader, as_lightning, federated
+from fl_lightning.server import RoundLoader, as_lightning, evaluate_whole, federated
 from fl_lightning.types import RoundReport
 from fl_lightning.validation import check_arguments
 
@@ -88,6 +90,10 @@ class FederatedTrainer(pl.Trainer):
         [4, 4]
     """
 
+    callbacks: list[Callback]
+    fast_dev_run: bool | int
+    log_every_n_steps: int
+
     def __init__(
         self,
         *,
@@ -133,7 +139,9 @@ class FederatedTrainer(pl.Trainer):
         )
         check_arguments(self.settings, max_rounds, kwargs, local_loop, group_size, client_state)
         self._client_arguments = divide(kwargs)
-        self._client_callbacks = [client_callbacks] if isinstance(client_callbacks, Callback) else client_callbacks or []
+        self._client_callbacks = (
+            [client_callbacks] if isinstance(client_callbacks, Callback) else client_callbacks or []
+        )
         self._local_loop, self._group_size, self._client_state = local_loop, group_size, client_state
         self.local_epochs, self.local_steps = local_epochs, local_steps
         self.log_clients, self.fleet = log_clients, fleet
@@ -143,13 +151,16 @@ class FederatedTrainer(pl.Trainer):
         self.round_history: list[RoundReport] = []
         self._last_data: tuple[Any, Any] | None = None
         self._fit: FederatedFit | None = None
-        _prepare_server_arguments(kwargs, max_rounds, self.settings.algorithm)
+        prepare_server_arguments(kwargs, max_rounds, self.settings.algorithm)
         super().__init__(**kwargs)
         self._check_strategy()
         self.strategy.precision_plugin = ServerPrecision(self.strategy.precision_plugin)
+        evaluate_whole(self)
         self.callbacks = federated_progress_bar(self.callbacks)
         if any(isinstance(callback, StochasticWeightAveraging) for callback in self.callbacks):
-            rank_zero_warn("StochasticWeightAveraging changes the server's learning rate: rounds are then no plain means.")
+            rank_zero_warn(
+                "StochasticWeightAveraging changes the server's learning rate: rounds are then no plain means."
+            )
 
     # ---- the federation's names --------------------------------------------------------------------------------
 
@@ -198,7 +209,7 @@ class FederatedTrainer(pl.Trainer):
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         datamodule: Any = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
+        ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
         """Train federated; afterwards the module that was passed holds the global weights.
@@ -218,54 +229,120 @@ class FederatedTrainer(pl.Trainer):
             ClientError: when a client fails and ``on_bad_update="raise"``.
             NotEnoughClientsError: when fewer than ``min_clients`` exist or deliver.
         """
-        data, val = _sort_data(train_dataloaders, val_dataloaders, datamodule)
+        data, val = sort_data(train_dataloaders, val_dataloaders, datamodule)
         population = as_population(data)
         self._last_data = (data, val)
         if ckpt_path == "last":
             ckpt_path = self._newest_checkpoint()
+        if ckpt_path is not None:
+            for logger in self.loggers:
+                if is_logger(logger, "CSVLogger"):
+                    continue_csv(logger)  # Lightning's CSV logger would empty the file that it goes on with
         arguments: dict[str, Any] = {"datamodule": as_lightning_datamodule(data)}
         if isinstance(data, Mapping):
             arguments = {"train_dataloaders": RoundLoader(), "val_dataloaders": val}
         if ckpt_path is None:
             self.round_history.clear()
         with ExitStack() as stack:
-            self._fit = fit = FederatedFit(self, _plain_module(model), population)
+            self._fit = fit = FederatedFit(self, plain_module(model), population)
             stack.callback(self._close_fit)
             stack.enter_context(self._threads())
             stack.enter_context(without_hints())
-            server = stack.enter_context(federated(_plain_module(model)))
+            server = stack.enter_context(federated(plain_module(model)))
             super().fit(server, ckpt_path=ckpt_path, weights_only=weights_only, **arguments)
         del fit
 
-    def validate(self, model: Any = None, dataloaders: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Validate on the server's data; without data, on the last fit's."""
-        return self._evaluate(super().validate, model, dataloaders, *args, **kwargs)
+    def validate(
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: Any = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Validate the global model on the server's data; without data, on the last fit's.
 
-    def test(self, model: Any = None, dataloaders: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Test on the server's data; without data, on the last fit's."""
-        return self._evaluate(super().test, model, dataloaders, *args, **kwargs)
+        Args:
+            model: the module; without one, that of the last fit.
+            dataloaders: validation loaders, or a data module.
+            ckpt_path: a checkpoint to load first: a path, "best" or "last".
+            verbose: print the results.
+            datamodule: a data module with ``val_dataloader``.
+            weights_only: as in Lightning.
+        """
+        data = self._evaluation_data("val", dataloaders, datamodule)
+        with self._accepted(model):
+            return super().validate(model, ckpt_path=ckpt_path, verbose=verbose, weights_only=weights_only, **data)
 
-    def predict(self, model: Any = None, dataloaders: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Predict on the server's data; without data, on the last fit's."""
-        return self._evaluate(super().predict, model, dataloaders, *args, **kwargs)
+    def test(
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: Any = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Test the global model on the server's data; without data, on the last fit's.
 
-    def _evaluate(self, run: Callable[..., Any], model: Any, dataloaders: Any, *args: Any, **kwargs: Any) -> Any:
-        datamodule = kwargs.pop("datamodule", None)
+        Args:
+            model: the module; without one, that of the last fit.
+            dataloaders: test loaders, or a data module.
+            ckpt_path: a checkpoint to load first: a path, "best" or "last".
+            verbose: print the results.
+            datamodule: a data module with ``test_dataloader``.
+            weights_only: as in Lightning.
+        """
+        data = self._evaluation_data("test", dataloaders, datamodule)
+        with self._accepted(model):
+            return super().test(model, ckpt_path=ckpt_path, verbose=verbose, weights_only=weights_only, **data)
+
+    def predict(
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: Any = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Predict with the global model on the server's data; without data, on the last fit's.
+
+        Args:
+            model: the module; without one, that of the last fit.
+            dataloaders: loaders, or a data module.
+            datamodule: a data module with ``predict_dataloader``.
+            return_predictions: as in Lightning.
+            ckpt_path: a checkpoint to load first: a path, "best" or "last".
+            weights_only: as in Lightning.
+        """
+        data = self._evaluation_data("predict", dataloaders, datamodule)
+        with self._accepted(model):
+            return super().predict(
+                model, return_predictions=return_predictions, ckpt_path=ckpt_path, weights_only=weights_only, **data
+            )
+
+    def _evaluation_data(self, stage: str, dataloaders: Any, datamodule: Any) -> dict[str, Any]:
+        if datamodule is None and is_datamodule(dataloaders):
+            dataloaders, datamodule = None, dataloaders
         if dataloaders is None and datamodule is None and self._last_data is not None:
             data, val = self._last_data
             if isinstance(data, Mapping):
-                dataloaders = val if run.__name__ == "validate" else None
+                dataloaders = val if stage == "val" else None
             else:
                 datamodule = data
-        elif dataloaders is not None and callable(getattr(dataloaders, "client_ids", None)):
-            dataloaders, datamodule = None, dataloaders
         if datamodule is not None:
-            kwargs["datamodule"] = as_lightning_datamodule(datamodule)
+            return {"dataloaders": dataloaders, "datamodule": as_lightning_datamodule(datamodule)}
+        return {"dataloaders": dataloaders}
+
+    @contextmanager
+    def _accepted(self, model: Any) -> Iterator[None]:
         module = model if model is not None else self.lightning_module
         with ExitStack() as stack:
             if module is not None:
-                stack.enter_context(as_lightning(_plain_module(module)))
-            return run(model, dataloaders, *args, **kwargs)
+                stack.enter_context(as_lightning(plain_module(module)))
+            yield
 
     # ---- where Lightning and a federation differ ---------------------------------------------------------------
 
@@ -289,11 +366,10 @@ class FederatedTrainer(pl.Trainer):
         return stack
 
     def _newest_checkpoint(self) -> str | None:
-        for logger in self.loggers:
-            folder = continue_version(logger)
-            if folder is not None:
-                return newest_checkpoint(folder)
-        return "last" if not self.loggers else None
+        if not self.loggers:
+            return "last"
+        folder = continue_runs(self.loggers)
+        return None if folder is None else newest_checkpoint(folder)
 
     def _check_strategy(self) -> None:
         strategy = self.strategy
@@ -305,49 +381,3 @@ class FederatedTrainer(pl.Trainer):
                 f"{type(strategy).__name__} shards the model, and a federation's server needs it whole. Use "
                 "strategy='auto' or strategy='ddp' with devices=1, 2, 4 or 8: the cohort is split over the processes."
             )
-
-
-def _prepare_server_arguments(kwargs: dict[str, Any], max_rounds: int | None, algorithm: Algorithm) -> None:
-    """Fill in what a federation decides for the outer Trainer."""
-    kwargs["max_epochs"] = max_rounds
-    if kwargs.get("barebones"):
-        return
-    if kwargs.get("log_every_n_steps") is None:
-        kwargs["log_every_n_steps"] = 1
-    logger = kwargs.get("logger")
-    if logger is None or logger is True:
-        root = os.path.join(kwargs.get("default_root_dir") or os.getcwd(), "logs")
-        kwargs["logger"] = default_logger(root, type(algorithm).__name__.lower())
-
-
-def default_logger(save_dir: str, name: str) -> Logger:
-    """Return the logger of a federation without one of its own: ``logs/<name>/version_N`` in TensorBoard's format."""
-    try:
-        return TensorBoardLogger(save_dir, name=name, default_hp_metric=False)
-    except ModuleNotFoundError:
-        return CSVLogger(save_dir, name=name)
-
-
-def _sort_data(train: Any, val: Any, datamodule: Any) -> tuple[Any, Any]:
-    if train is not None and datamodule is not None:
-        raise MisconfigurationException(
-            "fit got clients twice: train_dataloaders and datamodule. Pass one of them."
-        )
-    data = datamodule if datamodule is not None else train
-    if data is None:
-        raise MisconfigurationException(
-            "fit got no clients. Pass a FederatedDataModule(MyDataModule(), Dirichlet(num_clients=100, alpha=0.3)), a "
-            "data module with client_ids() and client_dataloader(id), or a mapping of client ids to train loaders."
-        )
-    if val is not None and not isinstance(data, Mapping):
-        raise MisconfigurationException(
-            f"fit got val_dataloaders beside {type(data).__name__}, whose val_dataloader() is the server's. Leave "
-            "val_dataloaders out, or pass the clients as a mapping of loaders."
-        )
-    return data, val
-
-
-def _plain_module(model: Any) -> Any:
-    return getattr(model, "_orig_mod", model)
-
-

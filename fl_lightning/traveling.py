@@ -70,11 +70,23 @@ class Traveling:
 
 def batch_norm_buffers(module: nn.Module) -> list[str]:
     """Return the names of running statistics, found by the type of their module."""
-    return [f"{prefix}.{name}" if prefix else name for prefix, part in module.named_modules() if isinstance(part, _NormBase)
-            for name, _ in part.named_buffers(recurse=False)]  # fmt: skip
+    return [
+        _joined(prefix, name)
+        for prefix, part in module.named_modules()
+        if isinstance(part, _NormBase)
+        for name, _ in part.named_buffers(recurse=False)
+    ]
 
 
 def batch_norm_parameters(module: nn.Module) -> set[str]:
     """Return the names of scales and shifts of BatchNorm layers."""
-    return {f"{prefix}.{name}" if prefix else name for prefix, part in module.named_modules() if isinstance(part, _NormBase)
-            for name, _ in part.named_parameters(recurse=False)}  # fmt: skip
+    return {
+        _joined(prefix, name)
+        for prefix, part in module.named_modules()
+        if isinstance(part, _NormBase)
+        for name, _ in part.named_parameters(recurse=False)
+    }
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

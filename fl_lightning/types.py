@@ -107,7 +107,7 @@ class ClientTask:
 
 @dataclass(slots=True)
 class ClientUpdate:
-    """What local training made of a task.
+    r"""What local training made of a task.
 
     Args:
         client_id: who trained.
@@ -115,7 +115,7 @@ class ClientUpdate:
         buffers: values of the buffers that travel, after training.
         num_examples: size of the client's training data in examples (what FedAvg weighs by).
         num_steps: optimizer steps that really happened.
-        a_norm: FedNova's :math:`\\|a\\|_1`, when a ``StepCounter`` ran.
+        a_norm: FedNova's :math:`\|a\|_1`, when a ``StepCounter`` ran.
         status: ``"partial"`` when the client stopped before its work was done.
         metrics: the mergeable sums of what the module logged (``fl_lightning.metrics.MetricSums``).
         extra: what the algorithm's own client callbacks hand over (start loss, start gradient, new control variate).

@@ -105,9 +105,7 @@ def _check_override(client_id: Any, override: Any) -> None:
             f"client_overrides={{{client_id!r}: {{'epochs': 2, 'lr': 0.05}}}}."
         )
     if "epochs" in override and "steps" in override:
-        raise MisconfigurationException(
-            f"client_overrides[{client_id!r}] has both epochs and steps; give one of them."
-        )
+        raise MisconfigurationException(f"client_overrides[{client_id!r}] has both epochs and steps; give one of them.")
     for name, value in override.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise MisconfigurationException(f"Expected client_overrides[{client_id!r}][{name!r}] > 0, got {value!r}.")
@@ -127,8 +125,6 @@ def _count_or_fraction(name: str, value: Any) -> None:
     if value is None:
         return
     if isinstance(value, float) and not 0.0 < value <= 1.0:
-        raise MisconfigurationException(
-            f"Expected {name} as a fraction in (0, 1] or as a count >= 1, got {value!r}."
-        )
+        raise MisconfigurationException(f"Expected {name} as a fraction in (0, 1] or as a count >= 1, got {value!r}.")
     if not isinstance(value, float):
         _at_least_one(name, value)

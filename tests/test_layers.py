@@ -22,11 +22,15 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "tree", "seeding", "store", "errors", "wire"}),
     frozenset(
         {"algorithms", "transforms", "schedules", "privacy", "secure", "data", "devices", "audit", "analytics"}
-        | {"metrics", "models"}
+        # a client callback is an algorithm's client half, and knows no loop
+        | {"metrics", "models", "callbacks"}
     ),
-    frozenset({"local", "callbacks", "aggregation", "traveling"}),
+    frozenset({"local", "aggregation", "traveling"}),
     frozenset({"engines"}),
-    frozenset({"trainer", "server", "reporting", "arguments", "federation", "fitting", "validation", "precision"}),
+    frozenset(
+        {"trainer", "server", "reporting", "arguments", "federation", "fitting", "validation", "precision", "inputs"}
+        | {"after_round"}
+    ),
     frozenset({"cli", "__main__"}),
 )
 # import name -> a reason why it is not simply imported where it is wanted

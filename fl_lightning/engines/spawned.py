@@ -10,6 +10,7 @@ import multiprocessing
 import pickle
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
@@ -60,7 +61,8 @@ class SpawnedEngine(Engine):
             torch.get_num_threads(),
         )
         try:
-            self._recipe = pickle.dumps(recipe)
+            with _without_trainer(client_half.population.source):
+                self._recipe = pickle.dumps(recipe)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise MisconfigurationException(
                 f"SpawnedEngine cannot send the client half to another process: {error}. Define data sets, callbacks "
@@ -102,7 +104,9 @@ class SpawnedEngine(Engine):
         except EOFError:
             process.join()
             reason = f"its process ended with exit code {process.exitcode}"
-            return pack({"failure": {"reason": reason, "details": "", "bad_update": False, "kind": ""}, "metrics": None})
+            return pack(
+                {"failure": {"reason": reason, "details": "", "bad_update": False, "kind": ""}, "metrics": None}
+            )
         finally:
             process.join()
             ours.close()
@@ -123,6 +127,20 @@ class SpawnedEngine(Engine):
         return result
 
 
+@contextmanager
+def _without_trainer(source: Any) -> Iterator[None]:
+    """Take the Trainer off a data module: through it the whole server would travel to the client."""
+    trainer = getattr(source, "trainer", None)
+    if trainer is None:
+        yield
+        return
+    source.trainer = None
+    try:
+        yield
+    finally:
+        source.trainer = trainer
+
+
 def _module_recipe(module: pl.LightningModule) -> bytes:
     cls = type(module)
     factory = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(module.hparams)}
@@ -136,7 +154,9 @@ def _rebuilds(factory: dict[str, Any], module: pl.LightningModule) -> bool:
     state = torch.random.get_rng_state()
     try:
         twin = _build(factory)
-        return {n: t.shape for n, t in twin.state_dict().items()} == {n: t.shape for n, t in module.state_dict().items()}
+        return {n: t.shape for n, t in twin.state_dict().items()} == {
+            n: t.shape for n, t in module.state_dict().items()
+        }
     finally:
         torch.random.set_rng_state(state)
 

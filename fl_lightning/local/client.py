@@ -128,7 +128,9 @@ class ClientHalf:
         datamodule = population.client_datamodule(client_id)
         if datamodule is not None:
             own_size = callable(getattr(population.source, "client_size", None))
-            return ClientData(datamodule=datamodule, num_examples=population.client_size(client_id) if own_size else None)
+            return ClientData(
+                datamodule=datamodule, num_examples=population.client_size(client_id) if own_size else None
+            )
         train = population.client_dataloader(client_id, task.work.batch_size)
         reseed(train, task.seed)
         val = population.client_val_dataloader(client_id)
@@ -158,7 +160,9 @@ class ClientHalf:
             result.has_memory = True
         result.num_examples, result.num_steps = update.num_examples, update.num_steps
         result.num_bytes_up = num_bytes(result.contribution.trees.values())
-        result.update_norm = float(torch.stack([t.float().norm() for t in update.delta.values()]).norm()) if update.delta else 0.0
+        result.update_norm = (
+            float(torch.stack([t.float().norm() for t in update.delta.values()]).norm()) if update.delta else 0.0
+        )
         result.metrics, result.records = update.metrics, outcome.records
         return result
 

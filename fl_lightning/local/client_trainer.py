@@ -43,6 +43,8 @@ class _ClientStrategy(SingleDeviceStrategy):
 class _ClientCallbacks(_CallbackConnector):
     """Adds the module's own callbacks, except what belongs to the server."""
 
+    trainer: ClientTrainer
+
     def _attach_model_callbacks(self) -> None:
         given = {id(callback) for callback in self.trainer.callbacks}
         super()._attach_model_callbacks()
@@ -51,7 +53,10 @@ class _ClientCallbacks(_CallbackConnector):
             if id(callback) not in given:
                 if isinstance(callback, Checkpoint):
                     continue  # checkpoints are of the global model
-                if isinstance(callback, EarlyStopping) and not self.trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined():
+                if (
+                    isinstance(callback, EarlyStopping)
+                    and not self.trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
+                ):
                     callback.strict = False  # what it monitors may exist on the server only
             kept.append(callback)
         self.trainer.callbacks = kept
@@ -64,6 +69,9 @@ class ClientTrainer(pl.Trainer):
         device: the device of this process.
         **arguments: Lightning's Trainer arguments that describe local training.
     """
+
+    callbacks: list[Callback]
+    log_every_n_steps: int
 
     def __init__(self, device: torch.device, **arguments: Any) -> None:
         super().__init__(
@@ -94,7 +102,12 @@ class ClientTrainer(pl.Trainer):
         return strategy
 
     def renew(
-        self, epochs: int | None, steps: int | None, callbacks: Sequence[Callback], logger: Logger | None, log_offset: int
+        self,
+        epochs: int | None,
+        steps: int | None,
+        callbacks: Sequence[Callback],
+        logger: Logger | None,
+        log_offset: int,
     ) -> None:
         """Forget the client before: new loops, callbacks and counters.
 

@@ -59,7 +59,9 @@ class _Observer(Checkpoint):
         # a post hook runs for the steps that happened: a GradScaler skips the optimizer when a gradient overflowed
         self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in _plain(trainer.optimizers)]
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.num_batches += 1
         loop = trainer.fit_loop.epoch_loop
         if (loop._batches_that_stepped + 1) % self._log_every == 0:
@@ -67,7 +69,7 @@ class _Observer(Checkpoint):
         elif loop.batch_progress.is_last_batch and not self._logged_a_point:
             trainer.log_every_n_steps = 1  # every round leaves at least one point on the client's curve
         if self._count_examples and trainer.current_epoch == 0:
-            self.num_examples += extract_batch_size(batch)
+            self.num_examples += _num_examples(batch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -176,7 +178,7 @@ class _EvaluationObserver(Checkpoint):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._seen += extract_batch_size(batch)
+        self._seen += _num_examples(batch)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.metrics = capture(trainer.validate_loop._results, StepSums(), self._seen)
@@ -222,15 +224,18 @@ class _Run:
         epochs, steps = task.work.epochs, task.work.steps
         if phase.epochs is not None:
             epochs, steps = phase.epochs, None
-        loop.trainer.renew(epochs, steps, [*callbacks, observer], self.logger if phase.report else None, task.work.step_offset)
+        loop.trainer.renew(
+            epochs, steps, [*callbacks, observer], self.logger if phase.report else None, task.work.step_offset
+        )
         strategy = loop.trainer.client_strategy
         strategy.before_setup = lambda model: self._load(model, start, phase)
         strategy.after_optimizers = lambda optimizers, configs: self._optimizers(optimizers, configs, phase)
         loop.trainer.fit_client(module, **self.data.as_arguments())
         if observer.num_batches == 0:
             raise EmptyClientError(
-                task.client_id, task.round, "it has no batch to train on (an empty loader, or fewer examples than one "
-                "batch with drop_last=True)"
+                task.client_id,
+                task.round,
+                "it has no batch to train on (an empty loader, or fewer examples than one batch with drop_last=True)",
             )
         self._check_corrections(callbacks, observer)
         update = self._update(module, observer, callbacks, phase)
@@ -277,8 +282,8 @@ class _Run:
         for callback in callbacks:
             if isinstance(callback, GradientCorrection) and observer.num_steps and not callback.num_corrections:
                 raise MisconfigurationException(
-                    f"{type(callback).__name__} corrected no gradient in {observer.num_steps} optimizer steps of client "
-                    f"{self.task.client_id!r}. With manual optimization, step with self.optimizers() so that Lightning "
+                    f"{type(callback).__name__} corrected no gradient in {observer.num_steps} optimizer steps of "
+                    f"client {self.task.client_id!r}. With manual optimization, step with self.optimizers() so that Lightning "
                     "calls on_before_optimizer_step."
                 )
 
@@ -317,6 +322,13 @@ def _starting_trees(settings: LocalSettings, task: ClientTask, memory: Memory) -
     if "local" in memory:
         trees.append(memory["local"])
     return trees
+
+
+def _num_examples(batch: Any) -> int:
+    try:
+        return int(extract_batch_size(batch))
+    except MisconfigurationException:  # a batch without tensors counts as one example
+        return 1
 
 
 def _plain(optimizers: Iterable[Any]) -> list[Optimizer]:

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -58,9 +59,10 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def as_rank_zero() -> Iterator[None]:
     """Let code marked ``rank_zero_only`` run: a client is alone, whichever process it trains in."""
-    rank = getattr(rank_zero_only, "rank", None)
-    rank_zero_only.rank = 0
+    switch: Any = rank_zero_only  # Lightning keeps the rank on the function
+    rank = getattr(switch, "rank", None)
+    switch.rank = 0
     try:
         yield
     finally:
-        rank_zero_only.rank = rank
+        switch.rank = rank

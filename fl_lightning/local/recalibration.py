@@ -1,17 +1,16 @@
-"""BatchNorm's running statistics of the aggregated model, measured on the cohort's data (``"recalibrate"``).
+r"""BatchNorm's running statistics of the aggregated model, measured on the cohort's data (``"recalibrate"``).
 
 The statistics of averaged weights are not the average of the clients' statistics. After the server's step every
 client of the cohort passes once over its training data in train mode, with learning rates of zero, and reports the
 mean and variance that its BatchNorm layers saw; the server combines them by the law of total variance,
 
-.. math:: \\mu = \\sum_k p_k \\mu_k, \\qquad \\sigma^2 = \\sum_k p_k (\\sigma_k^2 + \\mu_k^2) - \\mu^2 .
+.. math:: \mu = \sum_k p_k \mu_k, \qquad \sigma^2 = \sum_k p_k (\sigma_k^2 + \mu_k^2) - \mu^2 .
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -27,9 +26,7 @@ def statistics_contribution(buffers: Tree, num_examples: int) -> Contribution:
         if name.endswith("running_mean"):
             variance = buffers[name.removesuffix("running_mean") + "running_var"].double()
             moments[name] = mean.double() * num_examples
-            moments[name.removesuffix("running_mean") + "running_var"] = (
-                variance + mean.double() ** 2
-            ) * num_examples
+            moments[name.removesuffix("running_mean") + "running_var"] = (variance + mean.double() ** 2) * num_examples
     counts = {n: b.double() for n, b in buffers.items() if n.endswith("num_batches_tracked")}
     return Contribution({"moments": moments, "counts": counts}, {"weight": float(num_examples)})
 
@@ -63,4 +60,4 @@ def reset_statistics(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, _NormBase) and part.track_running_stats:
             part.reset_running_stats()
-            part.momentum = None  # type: ignore[assignment]  # torch's own word for the cumulative average
+            part.momentum = None  # torch's own word for the cumulative average

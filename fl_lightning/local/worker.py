@@ -68,7 +68,7 @@ class Worker:
     def _identities(self) -> dict[int, Any]:
         # modules, parameters and buffers that an attribute refers to stay themselves in a copy of the attribute
         memo: dict[int, Any] = {id(part): part for part, _ in self._tensors}
-        for part, groups in self._tensors:
+        for _, groups in self._tensors:
             for group in ("_parameters", "_buffers"):
                 memo.update({id(tensor): tensor for tensor in groups[group].values() if tensor is not None})
         return memo
