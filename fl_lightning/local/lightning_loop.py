@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -67,7 +67,7 @@ class _Observer(Checkpoint):
         if (loop._batches_that_stepped + 1) % self._log_every == 0:
             self._logged_a_point = True
         elif loop.batch_progress.is_last_batch and not self._logged_a_point:
-            trainer.log_every_n_steps = 1  # every round leaves at least one point on the client's curve
+            cast(ClientTrainer, trainer).log_every_n_steps = 1  # every round leaves at least one point on the client's curve
         if self._count_examples and trainer.current_epoch == 0:
             self.num_examples += _num_examples(batch)
 
@@ -283,8 +283,8 @@ class _Run:
             if isinstance(callback, GradientCorrection) and observer.num_steps and not callback.num_corrections:
                 raise MisconfigurationException(
                     f"{type(callback).__name__} corrected no gradient in {observer.num_steps} optimizer steps of "
-                    f"client {self.task.client_id!r}. With manual optimization, step with self.optimizers() so that Lightning "
-                    "calls on_before_optimizer_step."
+                    f"client {self.task.client_id!r}. With manual optimization, step with self.optimizers(), so that "
+                    "Lightning calls on_before_optimizer_step."
                 )
 
     def _update(

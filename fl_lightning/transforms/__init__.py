@@ -1,0 +1,1 @@
+"""What updates pass through between client and server."""
