@@ -1,5 +1,6 @@
 """Federated algorithms: one file each, both halves in it."""
 
+from fl_lightning.algorithms.afl import AFL
 from fl_lightning.algorithms.base import Algorithm
 from fl_lightning.algorithms.fedavg import FedAvg
 from fl_lightning.algorithms.feddyn import FedDyn
@@ -7,18 +8,24 @@ from fl_lightning.algorithms.fednova import FedNova
 from fl_lightning.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fl_lightning.algorithms.fedprox import FedProx
 from fl_lightning.algorithms.mimelite import MimeLite
+from fl_lightning.algorithms.personal import Ditto, FedPer
+from fl_lightning.algorithms.qfedavg import QFedAvg
 from fl_lightning.algorithms.scaffold import Scaffold
 
 __all__ = [
+    "AFL",
     "Algorithm",
+    "Ditto",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
     "FedDyn",
     "FedNova",
+    "FedPer",
     "FedProx",
     "FedYogi",
     "MimeLite",
+    "QFedAvg",
     "Scaffold",
 ]

@@ -1,0 +1,300 @@
+"""The laws that every algorithm keeps."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from quadratics import quiet_trainer
+from torch import Tensor
+from zoo import ALGORITHMS, Net, Normalised, Still, clients, identical, weights
+
+import fl_lightning.algorithms
+from fl_lightning.algorithms import (
+    Algorithm,
+    Ditto,
+    FedAvg,
+    FedAvgM,
+    FedNova,
+    FedProx,
+    MimeLite,
+    QFedAvg,
+)
+from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Tree
+
+every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
+
+
+def train(
+    algorithm: Algorithm, module: pl.LightningModule, rounds: int = 3, data: Any = None, **arguments: Any
+) -> pl.LightningModule:
+    pl.seed_everything(5, verbose=False)
+    trainer = quiet_trainer(algorithm=algorithm, max_rounds=rounds, local_epochs=2, **arguments)
+    trainer.fit(module, data if data is not None else clients())
+    return module
+
+
+def test_the_suite_covers_every_algorithm() -> None:
+    covered = {type(make()).__name__ for make in ALGORITHMS.values()}
+    assert covered == set(fl_lightning.algorithms.__all__) - {"Algorithm"}
+
+
+@every_algorithm
+def test_training_lowers_the_loss(name: str) -> None:
+    data = clients()
+    batch = [torch.cat(parts) for parts in zip(*(loader.dataset.tensors for loader in data.values()), strict=True)]
+    module = Net()
+    before = float(module.loss(batch).detach())
+    train(ALGORITHMS[name](), module, rounds=8, data=data)
+    with torch.no_grad():
+        assert float(module.loss(batch)) < before - 0.01
+
+
+@every_algorithm
+def test_when_no_client_moves_the_model_stays(name: str) -> None:
+    module = Still()
+    before = weights(module)
+    train(ALGORITHMS[name](), module)
+    assert identical(weights(module), before)
+
+
+@every_algorithm
+def test_the_order_of_the_clients_changes_no_bit(name: str) -> None:
+    module = Net()
+    other = copy.deepcopy(module)
+    before = weights(module)
+    train(ALGORITHMS[name](), module)
+    train(ALGORITHMS[name](), other, data=dict(reversed(clients().items())))
+    assert identical(weights(module), weights(other))
+    assert not identical(weights(module), before)
+
+
+@every_algorithm
+def test_frozen_parameters_and_batch_norm_behave(name: str) -> None:
+    module = Normalised()
+    before = weights(module)
+    train(ALGORITHMS[name](), module)
+    after = weights(module)
+    still = {"frozen.weight", "frozen.bias", "scale"} | ({"head.weight", "head.bias"} if name == "FedPer" else set())
+    for key, value in after.items():
+        assert torch.isfinite(value).all(), key
+        assert torch.equal(value, before[key]) == (key in still), key
+    # two epochs of 3, 5 and 2 batches, averaged by 12, 20 and 7 examples, in each of three rounds
+    assert after["norm.num_batches_tracked"].dtype == torch.int64
+    total, tracked = 0, 0
+    for _ in range(3):
+        tracked = round((12 * (total + 6) + 20 * (total + 10) + 7 * (total + 4)) / 39)
+        total = tracked
+    assert int(after["norm.num_batches_tracked"]) == tracked
+    assert (after["norm.running_var"] > 0).all()
+
+
+@every_algorithm
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name: str, tmp_path: Path) -> None:
+    """With two of three clients a round, so that memory of absent clients must survive as well."""
+    start = Net()
+    arguments: dict[str, Any] = {
+        "clients_per_round": 2,
+        "default_root_dir": str(tmp_path),
+        "enable_checkpointing": True,
+    }
+    whole, seen = copy.deepcopy(start), Kept()
+    train(ALGORITHMS[name](), whole, rounds=5, callbacks=[seen, no_checkpoint(tmp_path / "whole")], **arguments)
+    saver = ModelCheckpoint(tmp_path / "half", filename="{epoch}", save_last=True)
+    train(ALGORITHMS[name](), copy.deepcopy(start), rounds=3, callbacks=[saver], **arguments)
+    resumed, kept = Net(), Kept()
+    pl.seed_everything(99, verbose=False)  # the checkpoint's seed goes on
+    trainer = quiet_trainer(
+        algorithm=ALGORITHMS[name](), max_rounds=5, local_epochs=2, callbacks=[kept, no_checkpoint(tmp_path / "half")],
+        **arguments,
+    )  # fmt: skip
+    trainer.fit(resumed, clients(), ckpt_path=str(tmp_path / "half" / "last.ckpt"))
+    assert identical(weights(resumed), weights(whole))
+    assert_same(kept.state, seen.state)
+    assert [report.round for report in trainer.round_history][-2:] == [3, 4]
+    loaded = Net.load_from_checkpoint(tmp_path / "half" / "last.ckpt")
+    assert loaded.hparams.lr == 0.1
+
+
+class Kept(pl.Callback):
+    """Keeps the algorithm's and the server optimizer's state after the last round."""
+
+    state: dict[str, Any]
+
+    def on_train_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        optimizer = trainer.optimizers[0].state_dict()
+        self.state = copy.deepcopy({"algorithm": trainer.federated_fit.federation.state, "optimizer": optimizer})
+
+
+def no_checkpoint(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, save_top_k=0)
+
+
+def assert_same(left: Any, right: Any) -> None:
+    if isinstance(left, Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, list):
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+    else:
+        assert left == right
+
+
+def test_an_algorithm_of_another_name_does_not_resume(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    train(FedAvg(), Net(), rounds=1, callbacks=[saver], default_root_dir=str(tmp_path), enable_checkpointing=True)
+    trainer = quiet_trainer(algorithm=FedProx(0.1), max_rounds=2)
+    with pytest.raises(MisconfigurationException, match=r"written by FedAvg.*FedProx"):
+        trainer.fit(Net(), clients(), ckpt_path=str(tmp_path / "last.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        FedProx(mu=0.0),
+        FedProx(mu=0.0, weights="uniform"),
+        FedAvgM(momentum=0.0, lr=1.0),
+        FedAvgM(momentum=0.0, nesterov=True),
+        MimeLite(momentum=0.0),
+        QFedAvg(q=0.0),
+        QFedAvg(q=0.0, weights="uniform"),
+        Ditto(lam=0.7),
+    ],
+    ids=lambda algorithm: type(algorithm).__name__,
+)
+def test_the_neutral_hyperparameter_is_fedavg_to_the_bit(neutral: Algorithm) -> None:
+    module = Net(momentum=0.5)
+    other = copy.deepcopy(module)
+    train(neutral, module)
+    train(FedAvg(weights=neutral.weights), other)
+    assert identical(weights(module), weights(other))
+
+
+def test_fednova_with_equal_steps_is_fedavg_up_to_rounding() -> None:
+    module = Net(momentum=0.5)
+    other = copy.deepcopy(module)
+    train(FedNova(), module, local_steps=3)
+    train(FedAvg(), other, local_steps=3)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["FedAvg", "FedNova", "FedNova proximal", "FedProx", "QFedAvg", "Scaffold I", "Scaffold II", "Ditto", "AFL"]
+)
+def test_one_client_with_one_step_is_centralised_training(name: str) -> None:
+    """QFedAvg takes smaller steps as soon as q > 0, so it is asked at q = 0."""
+    algorithm = QFedAvg(0.0) if name == "QFedAvg" else ALGORITHMS[name]()
+    module = Net()
+    x, y = clients((20,))["site-0"].dataset.tensors
+    expected = copy.deepcopy(module)
+    optimizer = expected.configure_optimizers()
+    for _ in range(3):
+        optimizer.zero_grad()
+        expected.loss((x, y)).backward()
+        optimizer.step()
+    train(algorithm, module, data=clients((20,), batch_size=20), local_steps=1)
+    pairs = zip(module.parameters(), expected.parameters(), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
+
+
+@every_algorithm
+def test_the_client_half_pickles(name: str) -> None:
+    algorithm = ALGORITHMS[name]()
+    twin = pickle.loads(pickle.dumps((algorithm, algorithm.client_callbacks())))[0]
+    assert type(twin) is type(algorithm)
+
+
+@every_algorithm
+def test_both_halves_are_pure_and_the_state_is_plain(name: str) -> None:
+    algorithm, model = ALGORITHMS[name](), {"w": torch.tensor([1.0, -2.0])}
+    state = algorithm.init_state(model)
+    for round in range(3):
+        before, results = copy.deepcopy(state), []
+        for _ in range(2):
+            total = summed(algorithm, model, state, round)
+            frozen = copy.deepcopy(total)
+            results.append(algorithm.apply(total, state, num_clients=3))
+            assert_same(total.trees, frozen.trees)
+            assert_same(state, before)
+        assert_same(results[0][0], results[1][0])
+        assert_same(results[0][1], results[1][1])
+        gradient, state = results[0]
+        assert gradient.keys() == model.keys()
+        assert_plain(state)
+
+
+def summed(algorithm: Algorithm, model: Tree, state: Any, round: int) -> Contribution:
+    total = Contribution()
+    for client_id, delta in (("a", 0.5), ("b", -0.25)):
+        broadcast = {"model": model, **algorithm.broadcast(state)}
+        task = ClientTask(client_id, round, 0, broadcast, seed=0)
+        extra: dict[str, Any] = {"start_loss": 1.0 + delta, "start_grad": {"w": torch.tensor([delta, 1.0])}}
+        extra.update(lr=0.1, distance=0.2, personal={"w": torch.ones(2)})
+        update = ClientUpdate(
+            client_id, {"w": torch.tensor([delta, 0.1])}, {}, num_examples=3, num_steps=2, a_norm=2.0, extra=extra
+        )
+        memory: dict[str, Any] = {}
+        contribution, _ = algorithm.contribute(update, task, memory)
+        assert memory == {}
+        for key, tree in contribution.trees.items():
+            total.trees[key] = {n: t + total.trees[key][n] if key in total.trees else t for n, t in tree.items()}
+        for key, value in contribution.scalars.items():
+            total.scalars[key] = total.scalars.get(key, 0.0) + value
+    return total
+
+
+def assert_plain(value: Any) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            assert isinstance(key, str)
+            assert_plain(item)
+    else:
+        assert value is None or isinstance(value, bool | int | float | str | Tensor), type(value)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bits_of_one(tmp_path: Path) -> None:
+    """All algorithms in one program, started on one process and then on two."""
+    program = Path(__file__).parent / "processes.py"
+    results = []
+    for count in (1, 2):
+        target = tmp_path / f"{count}.pt"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        environment = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
+        done = subprocess.run(
+            [*command, str(program), str(target)], capture_output=True, text=True, timeout=580, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(torch.load(target, weights_only=True))
+    one, two = results
+    assert one.keys() == ALGORITHMS.keys()
+    different = [name for name in one if not identical(one[name], two[name])]
+    assert not different
+
+
+def test_a_server_schedule_scales_the_rounds() -> None:
+    schedule = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda round: 0.5**round)
+    module = Net()
+    steps = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+            steps.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    train(FedAvgM(0.5, lr=0.8, server_lr_scheduler=schedule), module, callbacks=[Watch()])
+    assert steps == [0.8, 0.4, 0.2]
