@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,62 +26,96 @@ from torch.optim import LBFGS, Optimizer
 from fl_lightning.callbacks.base import GradientCorrection
 from fl_lightning.local.lean_data import Batches
 from fl_lightning.local.lean_log import Log, ResultLog, ScalarLog
+from fl_lightning.local.lean_plain import lightning_module, overrides
 from fl_lightning.local.lean_step import step_function
 from fl_lightning.local.lean_trainer import LeanTrainer, NotPlain, Progress
 from fl_lightning.local.recorder import ClientLogger
 
-__all__ = ["Fit", "configure"]
+__all__ = ["Facts", "Fit", "configure"]
 
 Hook = Callable[..., Any]
 _BEFORE_STEP = "on_before_optimizer_step"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is the same for every client of a federation.
+
+    Args:
+        module: the worker's module.
+        precision: Lightning's precision plugin of the clients.
+        device: where clients train.
+        clip: ``gradient_clip_val``.
+        clip_algorithm: ``gradient_clip_algorithm``.
+        hooks: the hooks of local training that the module overrides.
+        takes_index: whether ``training_step`` takes the index of the batch.
+        plain_precision: whether ``training_step`` runs outside of any context.
+    """
+
+    module: pl.LightningModule
+    precision: Precision
+    device: torch.device
+    clip: float | None
+    clip_algorithm: Any
+    hooks: frozenset[str]
+    takes_index: bool
+    plain_precision: bool
+
+    @classmethod
+    def of(cls, module: pl.LightningModule, trainer: pl.Trainer, device: torch.device) -> Facts:
+        """Look once at a module and at the Trainer that LightningLoop would use."""
+        base = lightning_module(module)
+        return cls(
+            module,
+            trainer.precision_plugin,
+            device,
+            trainer.gradient_clip_val,
+            trainer.gradient_clip_algorithm or GradClipAlgorithmType.NORM,
+            frozenset() if base is None else frozenset(overrides(module, base)),
+            is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2),
+            type(trainer.precision_plugin) is Precision,
+        )
 
 
 class Fit:
     """What ``Trainer.fit`` does for a plain module.
 
     Args:
-        module: the worker's module.
+        facts: what is the same for all clients.
         batches: opens the client's data.
         callbacks: the client's callbacks.
         progress: epochs, steps and accumulation of this fit.
         logger: where the client's curve goes, or ``None``.
         offset: steps of the client's earlier rounds.
-        clip: ``gradient_clip_val`` and ``gradient_clip_algorithm``.
-        precision: Lightning's precision plugin of the clients.
-        device: where the client trains.
         num_examples: size of the client's data; ``None`` counts the first epoch's.
         any_log: take Lightning's own collection for what is logged.
     """
 
     def __init__(
         self,
-        module: pl.LightningModule,
+        facts: Facts,
         batches: Callable[[], Batches],
         callbacks: list[Callback],
         progress: Progress,
         logger: ClientLogger | None,
         offset: int,
-        clip: tuple[float | None, Any],
-        precision: Precision,
-        device: torch.device,
         num_examples: int | None,
         any_log: bool,
     ) -> None:
-        self.module = module
+        self.facts = facts
+        self.module = facts.module
         self.callbacks = callbacks
         self.progress = progress
-        self.precision = precision
-        self.device = device
         self.num_examples = num_examples or 0
         curve = logger if logger is not None and logger.enabled else None
         self.log: Log = ResultLog(curve) if any_log else ScalarLog(curve)
-        self.trainer = LeanTrainer(progress, callbacks, [] if logger is None else [logger], device, precision.precision)
+        self.trainer = LeanTrainer(
+            progress, callbacks, [] if logger is None else [logger], facts.device, facts.precision.precision
+        )
         self._count_examples = num_examples is None
         self._open = batches
         self._batches: Batches | None = None
         self._iterator: Iterator[Any] | None = None
-        self._clip = clip[0]
-        self._clip_algorithm = clip[1] or GradClipAlgorithmType.NORM
         self._stepped = offset  # of all rounds: the curve's own count
         self._logged_a_point = False
         progress.open_data = self._open_data
@@ -119,12 +153,9 @@ class Fit:
             raise NotPlain(progress.refused)
 
     def _prepare(self) -> None:
-        module = self.module
         self._optimizer = self.progress.optimizers[0]
         self._step = step_function(self._optimizer)
         self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        self._context = _step_context(self.precision)
-        self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self._batch_start = self._hooks("on_train_batch_start")
         self._callback_batch_end = self._hooks("on_train_batch_end", of_module=False)
         self._module_batch_end = self._hooks("on_train_batch_end", of_callbacks=False)
@@ -175,8 +206,8 @@ class Fit:
         progress, log = self.progress, self.log
         if batch is None:
             raise NotPlain("its loader gives None for a batch")
-        if self.device.type != "cpu":
-            batch = move_data_to_device(batch, self.device)
+        if self.facts.device.type != "cpu":
+            batch = move_data_to_device(batch, self.facts.device)
         log.begin_batch(batch)
         accumulates = (index + 1) % progress.accumulate != 0 and not progress.is_last_batch
         point = self._point(accumulates)
@@ -206,8 +237,13 @@ class Fit:
         return self._stepped if not accumulates and (self._stepped + 1) % progress.log_every == 0 else None
 
     def _optimize(self, batch: Any, index: int, accumulates: bool) -> Any:
-        with self._context():
-            output = self.module.training_step(batch, index) if self._takes_index else self.module.training_step(batch)
+        facts = self.facts
+        arguments = (batch, index) if facts.takes_index else (batch,)
+        if facts.plain_precision:
+            output = self.module.training_step(*arguments)
+        else:
+            with facts.precision.train_step_context():
+                output = self.module.training_step(*arguments)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise NotPlain("training_step returned no loss")
@@ -219,8 +255,8 @@ class Fit:
         if not accumulates:
             for hook in self._before_step:
                 hook()
-            if self._clip:
-                self.precision.clip_gradients(self._optimizer, self._clip, self._clip_algorithm)
+            if facts.clip:
+                facts.precision.clip_gradients(self._optimizer, facts.clip, facts.clip_algorithm)
             self._step()
             self.progress.global_step += 1
         if not (self._callback_batch_end or self._module_batch_end):
@@ -248,7 +284,7 @@ class Fit:
                 for callback in self.callbacks
                 if getattr(type(callback), name) is not getattr(Callback, name)
             ]
-        if of_module and not _inherited(self.module, name):
+        if of_module and name in self.facts.hooks:
             found.append(_of_module(self.module, name))
         return found
 
@@ -307,17 +343,6 @@ def configure(module: pl.LightningModule) -> tuple[list[Optimizer], list[Any]]:
     if any(config.reduce_on_plateau for config in configs):
         raise NotPlain("its learning-rate scheduler looks at a metric")
     return optimizers, configs
-
-
-def _step_context(precision: Precision) -> Callable[[], AbstractContextManager[Any]]:
-    return nullcontext if type(precision) is Precision else precision.train_step_context
-
-
-def _inherited(module: pl.LightningModule, name: str) -> bool:
-    own = getattr(type(module), name)
-    return own.__module__.startswith(("lightning.", "pytorch_lightning.")) and name not in vars(module) and (
-        own.__qualname__.split(".")[0] in ("LightningModule", "ModelHooks", "DataHooks")
-    )
 
 
 def _of_callback(hook: Hook, trainer: LeanTrainer, module: pl.LightningModule) -> Hook:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fl_lightning.algorithms.base import Algorithm
 from fl_lightning.errors import EmptyClientError
 from fl_lightning.local.job import ClientData, Job, Outcome
-from fl_lightning.local.lean_client import Fit
+from fl_lightning.local.lean_client import Facts, Fit
 from fl_lightning.local.lean_data import batches_of
 from fl_lightning.local.lean_plain import not_plain, strange_callback
 from fl_lightning.local.lean_trainer import NeedsResults, NotPlain, NotThisClient, Progress
@@ -23,7 +25,7 @@ from fl_lightning.local.recorder import ClientLogger, Record
 from fl_lightning.local.settings import LocalSettings
 from fl_lightning.local.worker import read_tensors
 from fl_lightning.metrics import alone
-from fl_lightning.seeding import forked_rng
+from fl_lightning.seeding import forked_rng, seed_everywhere
 from fl_lightning.types import ClientTask, ClientUpdate, Memory, Phase, Tree
 
 __all__ = ["LeanLoop"]
@@ -46,6 +48,7 @@ class LeanLoop(LightningLoop):
         super().__init__(module, algorithm, settings)
         callbacks = [*settings.callbacks, *algorithm.client_callbacks()]
         self.reason = not_plain(module, settings, self.trainer.precision_plugin) or strange_callback(callbacks)
+        self.facts = Facts.of(module, self.trainer, settings.device)
         self.any_log = False
         """Whether the module logs what plain lists cannot hold; known after its first client."""
 
@@ -96,10 +99,27 @@ class LeanLoop(LightningLoop):
         if self.settings.has_loggers:
             logger = ClientLogger(logged, self.settings.save_dir, step_offset=task.work.step_offset)
         with ExitStack() as stack:
-            for context in (forked_rng(task.seed), as_rank_zero(), alone(), torch.enable_grad()):
+            for context in (_forked(task.seed), as_rank_zero(), alone(), torch.enable_grad()):
                 stack.enter_context(context)
             update = _LeanRun(self, task, data, memory, logger).phases()
         return update, logger.take() if logger is not None else []
+
+
+@contextmanager
+def _forked(seed: int) -> Iterator[None]:
+    """Do what ``forked_rng`` does, at half its cost on a CPU: NumPy's state stays an array."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        with forked_rng(seed):
+            yield
+        return
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 (the global one)
+    seed_everywhere(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[2])
 
 
 class _Observed:
@@ -147,15 +167,12 @@ class _LeanRun(_Run):
         if phase.epochs is not None:
             epochs, steps = phase.epochs, None
         return Fit(
-            loop.worker.module,
+            loop.facts,
             batches=lambda: batches_of(self.data.train, trainer.limit_train_batches),
             callbacks=self._callbacks(phase),
             progress=Progress(epochs, steps, trainer._accumulate, trainer._log_every),
             logger=self.logger if phase.report else None,
             offset=work.step_offset,
-            clip=(trainer.gradient_clip_val, trainer.gradient_clip_algorithm),
-            precision=trainer.precision_plugin,
-            device=loop.settings.device,
             num_examples=self.data.num_examples,
             any_log=loop.any_log,
         )

@@ -16,15 +16,15 @@ from torch import nn
 
 from fl_lightning.local.settings import LocalSettings
 
-__all__ = ["BATCH_HOOKS", "not_plain", "overrides", "strange_callback"]
+__all__ = ["lightning_module", "not_plain", "overrides", "strange_callback"]
 
-BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
 _TRAINING_HOOKS = (
     "setup",
     "on_fit_start",
     "on_train_start",
     "on_train_epoch_start",
-    *BATCH_HOOKS,
+    "on_train_batch_start",
+    "on_train_batch_end",
     "on_train_epoch_end",
     "on_train_end",
     "on_fit_end",
@@ -72,7 +72,7 @@ def not_plain(module: pl.LightningModule, settings: LocalSettings, precision: Pr
         'ManualOptimBoringModel uses manual optimization'
     """
     name = type(module).__name__
-    base = _lightning_module(module)
+    base = lightning_module(module)
     if base is None:
         return f"{name} is no LightningModule"
     if not module.automatic_optimization:
@@ -122,7 +122,8 @@ def overrides(part: Any, base: type) -> set[str]:
     return found
 
 
-def _lightning_module(module: nn.Module) -> type | None:
+def lightning_module(module: nn.Module) -> type | None:
+    """Return the ``LightningModule`` that a module derives from: ``lightning``'s or ``pytorch_lightning``'s."""
     for kind in type(module).__mro__:
         if kind.__name__ == "LightningModule" and kind.__module__.startswith(("lightning.", "pytorch_lightning.")):
             return kind
