@@ -136,6 +136,8 @@ class FederatedFit:
     # ---- a round, in the order in which Lightning calls --------------------------------------------------------
 
     def open_round(self) -> None:
+        """Start a round: clients may have come or gone."""
+        self.curves.update_population(self.population.client_ids())
         self.federation.seed_server(self.trainer.current_epoch)
 
     def run_round(self) -> None:
