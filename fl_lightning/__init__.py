@@ -1,6 +1,21 @@
 """Federated learning for people who already have a LightningModule."""
 
-from fl_lightning.algorithms import FedAvg
+from fl_lightning.algorithms import (
+    AFL,
+    Ditto,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedDyn,
+    FedNova,
+    FedPer,
+    FedProx,
+    FedYogi,
+    MimeLite,
+    QFedAvg,
+    Scaffold,
+)
 from fl_lightning.data import IID, Dirichlet, FederatedDataModule, Natural, Quantity, Shards
 from fl_lightning.trainer import FederatedTrainer
 from fl_lightning.types import ClientTask, ClientUpdate, RoundReport
@@ -8,15 +23,28 @@ from fl_lightning.types import ClientTask, ClientUpdate, RoundReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "AFL",
     "IID",
     "ClientTask",
     "ClientUpdate",
     "Dirichlet",
+    "Ditto",
+    "FedAdagrad",
+    "FedAdam",
     "FedAvg",
+    "FedAvgM",
+    "FedDyn",
+    "FedNova",
+    "FedPer",
+    "FedProx",
+    "FedYogi",
     "FederatedDataModule",
     "FederatedTrainer",
+    "MimeLite",
     "Natural",
+    "QFedAvg",
     "Quantity",
     "RoundReport",
+    "Scaffold",
     "Shards",
 ]
