@@ -19,8 +19,8 @@ help:            ## show this list
 run: $(VENV)/run.stamp ## set up and run the main job: FedAvg on the embedded digits (CONFIG=..., ARGS=...)
 	$(BIN)/fl-lightning fit --config $(CONFIG) $(ARGS)
 
-test: $(VENV)/dev.stamp ## set up and run all tests and doctests, warnings are errors (ARGS=...)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/dev.stamp ## set up and run all tests and doctests, warnings are errors (ARGS="tests/data -x")
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2)
 
 check: lint types test ## everything a change must pass
 
