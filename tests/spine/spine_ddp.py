@@ -13,6 +13,9 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from spine_modules import Metrics
 from spine_zoo import QUIET, Classifier, ServedSites, sites, weights
+from torch.nn import functional as F
+from torchmetrics import SumMetric
+from torchmetrics.classification import MulticlassAccuracy
 
 from fl_lightning.errors import MisconfigurationException
 from fl_lightning.trainer import FederatedTrainer
@@ -46,15 +49,44 @@ class RaisesOnTheOtherRank(Classifier):
         return super().training_step(batch, batch_idx)
 
 
+class EvaluatesMetrics(Metrics):
+    """Logs in validation what a synchronisation over ranks would double, and what a shard would halve."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = SumMetric()
+        self.val_accuracy = MulticlassAccuracy(3, average="macro")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        logits = self(x)
+        self.seen.update(len(x))
+        self.val_accuracy.update(logits, y)
+        self.log("val_seen", self.seen)
+        self.log("val_accuracy", self.val_accuracy)
+        self.log("val_count", float(len(x)), reduce_fx="sum", sync_dist=True, on_epoch=True)
+        self.log("val_loss", F.cross_entropy(logits, y), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_by_hand", self.val_accuracy.compute(), sync_dist=True)
+
+
 class Misconfigured(RaisesOnTheOtherRank):
     error = MisconfigurationException
 
 
-def main(scenario: str, devices: int, folder: str) -> None:
-    """Fit a scenario and leave weights and history in the folder."""
+def main(scenarios: str, devices: int, folder: str) -> None:
+    """Fit scenarios one after the other (a launch costs more than a fit)."""
+    for scenario in scenarios.split(","):
+        fit(scenario, devices, os.path.join(folder, scenario))
+
+
+def fit(scenario: str, devices: int, folder: str) -> None:
+    """Fit a scenario and leave weights, history and logs in the folder."""
+    os.makedirs(folder, exist_ok=True)
     pl.seed_everything(7, verbose=False)
     arguments: dict[str, Any] = {"max_rounds": 3, "client_state": "keep", "num_threads": 1}
-    module: Any = Metrics()
+    module: Any = EvaluatesMetrics()
     if scenario == "uneven":
         arguments |= {"clients_per_round": 3, "local_epochs": 2, "evaluate_clients": False}
     elif scenario in ("raises", "skips"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import spine_ddp
 import torch
 from spine_ddp import Crashes, Raises
 from spine_modules import Metrics
@@ -28,6 +29,7 @@ def comparable(trainer: Any) -> list[Any]:
     return list(trainer.round_history)
 
 
+@pytest.mark.slow
 def test_a_process_for_each_client_gives_the_same_bits() -> None:
     ends = []
     start = weights(Metrics())
@@ -43,6 +45,7 @@ def test_a_process_for_each_client_gives_the_same_bits() -> None:
     assert ends[0][1] == ends[1][1]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_a_failed_client() -> None:
     with pytest.warns(UserWarning, match="Client 's1' is skipped in round 0: its process ended with exit code 9"):
         trainer = fit_federated(
@@ -90,36 +93,50 @@ def curves(folder: Path) -> dict[str, list[tuple[str, int, float]]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two-ranks")
+    code, output = launch(folder, "metrics,uneven,skips", 2)
+    assert code == 0, output
+    return folder
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["metrics", "uneven"])
-def test_two_ranks_give_the_same_bits_as_one(scenario: str, tmp_path: Path) -> None:
-    for devices in (1, 2):
-        code, output = launch(tmp_path / str(devices), scenario, devices)
-        assert code == 0, output
-    (one, history), (two, other) = results(tmp_path / "1"), results(tmp_path / "2")
+def test_two_ranks_give_the_same_bits_as_one(scenario: str, two_ranks: Path, tmp_path: Path) -> None:
+    spine_ddp.fit(scenario, 1, str(tmp_path))
+    (one, history), (two, other) = results(tmp_path), results(two_ranks / scenario)
     assert_same_bits(one, two)
     assert history == other
     assert len(history) == 3
-    assert curves(tmp_path / "1") == curves(tmp_path / "2")
-    assert len(curves(tmp_path / "1")) == 5
+    assert [round["metrics"]["val_seen"] for round in history] == [60.0] * 3
+    assert [round["metrics"]["val_count"] for round in history] == [60.0] * 3
+    assert all(round["metrics"]["val_by_hand"] == round["metrics"]["val_accuracy"] for round in history)
+    assert curves(tmp_path) == curves(two_ranks / scenario)
+    assert len(curves(tmp_path)) == 5
 
 
-@pytest.mark.parametrize("scenario", ["raises", "raises-misconfiguration"])
-def test_a_client_that_raises_on_one_rank_ends_both(scenario: str, tmp_path: Path) -> None:
-    code, output = launch(tmp_path, scenario, 2, timeout=90.0)
-    assert code != 0
-    expected = "a broken sensor" if scenario == "raises" else "wrong for everyone"
-    assert expected in output
-    assert "rank" in (tmp_path / "failed-on.txt").read_text()
-
-
-def test_a_skipped_client_of_the_other_rank_is_reported(tmp_path: Path) -> None:
-    code, output = launch(tmp_path, "skips", 2, timeout=90.0)
-    assert code == 0, output
-    _, history = results(tmp_path)
-    assert all(round["skipped"] and "a broken sensor" in str(round["skipped"]) for round in history)
+@pytest.mark.slow
+def test_a_skipped_client_of_the_other_rank_is_reported(two_ranks: Path) -> None:
+    _, history = results(two_ranks / "skips")
     assert all(len(round["cohort"]) == 4 for round in history)
+    assert all("a broken sensor" in round["skipped"]["s1"] for round in history)
+    assert (two_ranks / "failed-on.txt").read_text() == "rank 1"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scenario", "expected"),
+    [("raises", "Client 's1' failed in round 0: ZeroDivisionError"), ("raises-misconfiguration", "wrong for everyone")],
+)
+def test_a_client_that_raises_on_one_rank_ends_both(scenario: str, expected: str, tmp_path: Path) -> None:
+    code, output = launch(tmp_path, scenario, 2)  # a rank that hangs runs into the timeout
+    assert code != 0
+    assert expected in output
+    assert (tmp_path / "failed-on.txt").read_text() == "rank 1"
+
+
+@pytest.mark.slow
 def test_a_spawned_client_that_raises_is_named() -> None:
     with pytest.raises(ClientError, match="Client 's0' failed in round 0: ZeroDivisionError"):
         fit_federated(

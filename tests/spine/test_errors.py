@@ -150,7 +150,7 @@ class Nothing(Dataset[Any]):
 
 @pytest.mark.parametrize(
     "empty",
-    [lambda: DataLoader(Nothing()), lambda: loader(5, batch_size=8, drop_last=True), lambda: []],
+    [lambda: DataLoader(Nothing()), lambda: loader(5, batch_size=8, drop_last=True), list],
     ids=["no-examples", "drop-last", "list"],
 )
 def test_an_empty_client_is_named(empty: Any) -> None:

@@ -22,7 +22,7 @@ class Case(NamedTuple):
     module: Callable[[], Any]
     train: Callable[[], Any] = loader
     val: Callable[[], Any] | None = None
-    arguments: dict[str, Any] = {}  # noqa: RUF012 (of a NamedTuple, never changed)
+    arguments: dict[str, Any] = {}
 
 
 CASES: dict[str, Case] = {
