@@ -148,7 +148,7 @@ def assert_close(left: Mapping[str, Tensor], right: Mapping[str, Tensor], atol: 
 
 
 def assert_one_ulp(federated: Mapping[str, Tensor], plain: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> None:
-    """Check that ``start + (local - start)`` is ``local`` up to one unit in the last place of the largest of the three."""
+    """Check that ``start + (local - start)`` is ``local`` to one unit in the last place of the largest."""
     assert federated.keys() == plain.keys()
     for name, expected in plain.items():
         if not expected.is_floating_point():

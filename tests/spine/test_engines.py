@@ -54,7 +54,7 @@ def test_a_process_that_dies_is_a_failed_client() -> None:
     assert trainer.round_history[0].cohort == ["s0"]
 
 
-PROGRAM = '''
+PROGRAM = """
 import json, os, sys
 import torch
 torch.set_num_threads(1)
@@ -63,7 +63,7 @@ import lightning.pytorch as pl
 import spine_ddp
 if __name__ == "__main__":
     spine_ddp.main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
-'''
+"""
 
 
 def launch(folder: Path, scenario: str, devices: int, timeout: float = 120.0) -> tuple[int, str]:
@@ -71,7 +71,9 @@ def launch(folder: Path, scenario: str, devices: int, timeout: float = 120.0) ->
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / "script.py"
     script.write_text(PROGRAM.format(here=str(HERE)))
-    environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    }
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, str(script), scenario, str(devices), str(folder)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -139,6 +141,4 @@ def test_a_client_that_raises_on_one_rank_ends_both(scenario: str, expected: str
 @pytest.mark.slow
 def test_a_spawned_client_that_raises_is_named() -> None:
     with pytest.raises(ClientError, match="Client 's0' failed in round 0: ZeroDivisionError"):
-        fit_federated(
-            Raises(), sites(1), engine=SpawnedEngine(), algorithm=FedAvg(), local_loop="lightning"
-        )
+        fit_federated(Raises(), sites(1), engine=SpawnedEngine(), algorithm=FedAvg(), local_loop="lightning")

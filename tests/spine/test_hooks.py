@@ -33,7 +33,13 @@ from fl_lightning.trainer import FederatedTrainer
 
 CALLS: list[tuple[str, str]] = []
 # loaders come from outside, and Lightning refuses the old name of configure_model beside the new one
-NOT_RECORDED = {"train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader", "configure_sharded_model"}
+NOT_RECORDED = {
+    "train_dataloader",
+    "val_dataloader",
+    "test_dataloader",
+    "predict_dataloader",
+    "configure_sharded_model",
+}
 HOOKS = [
     name
     for kind in (ModelHooks, DataHooks, CheckpointHooks)
@@ -63,7 +69,9 @@ def recorded(run: Any, side: str) -> list[str]:
 
 
 def test_the_recorder_knows_every_hook() -> None:
-    assert {"on_fit_start", "on_before_zero_grad", "setup", "transfer_batch_to_device", "on_save_checkpoint"} < set(HOOKS)
+    assert {"on_fit_start", "on_before_zero_grad", "setup", "transfer_batch_to_device", "on_save_checkpoint"} < set(
+        HOOKS
+    )
     assert len(HOOKS) > 45
 
 
@@ -86,7 +94,9 @@ def test_the_server_validates_with_lightnings_hooks() -> None:
     server = recorded(lambda: fit_federated(Recorder(), sites(2), val_loader(), max_rounds=2), "server")
     plain = recorded(lambda: fit_plain(Recorder(), loader(8), val_loader(), epochs=2, num_sanity_val_steps=2), "client")
     only = [name for name in server if "validation" in name or name in ("eval", "on_fit_start", "setup", "on_fit_end")]
-    expected = [name for name in plain if "validation" in name or name in ("eval", "on_fit_start", "setup", "on_fit_end")]
+    expected = [
+        name for name in plain if "validation" in name or name in ("eval", "on_fit_start", "setup", "on_fit_end")
+    ]
     assert only == expected
     training = {"training_step", "backward", "on_before_zero_grad", "on_after_backward", "on_before_optimizer_step",
                 "optimizer_step", "on_train_batch_start", "on_train_epoch_end", "configure_optimizers"}  # fmt: skip
@@ -109,7 +119,7 @@ def test_client_callbacks_see_lightnings_order() -> None:
     assert kept == plain
 
 
-# ---- pytorch_lightning --------------------------------------------------------------------------------------------------
+# ---- pytorch_lightning ----------------------------------------------------------------------------------------------
 
 
 class OtherModule(other_pl.LightningModule):

@@ -166,13 +166,16 @@ def test_a_generator_given_to_a_loader_does_not_leak() -> None:
     for cohort in (("a", "b"), ("b",)):
         Take.ends = {}
         generator = torch.Generator().manual_seed(1)  # one for both clients
-        data = {k: DataLoader(examples(n, n), batch_size=4, shuffle=True, generator=generator) for k, n in (("a", 9), ("b", 13))}
+        data = {
+            k: DataLoader(examples(n, n), batch_size=4, shuffle=True, generator=generator)
+            for k, n in (("a", 9), ("b", 13))
+        }
         fit_federated(copy.deepcopy(start), data, sampler=Only(*cohort), client_callbacks=Take())
         ends.append(Take.ends[13])
     assert_same_bits(ends[0], ends[1])
 
 
-# ---- client_state, overrides, schedules, against hand-written references ----------------------------------------------
+# ---- client_state, overrides, schedules, against hand-written references --------------------------------------------
 
 
 def _by_hand(start: nn.Module, clients: dict[str, Any], rounds: int, keep: bool, **options: Any) -> nn.Module:
@@ -277,7 +280,7 @@ def test_an_override_of_steps_and_of_batch_size() -> None:
 
 
 def test_an_override_of_batch_size_needs_data_that_can_change_it() -> None:
-    with pytest.raises(MisconfigurationException, match="client_dataloader.id. takes no batch_size"):
+    with pytest.raises(MisconfigurationException, match=r"client_dataloader.id. takes no batch_size"):
         fit_federated(Classifier(), sites(2), client_overrides={"s0": {"batch_size": 4}})
 
 

@@ -1,4 +1,4 @@
-"""One client and one round are a plain ``lightning.Trainer.fit``, to one unit in the last place, for a zoo of modules."""
+"""One client and one round are a plain ``lightning.Trainer.fit``, to one ulp, for a zoo of modules."""
 
 from __future__ import annotations
 

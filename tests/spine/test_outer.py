@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from spine_zoo import (
     QUIET,
     Classifier,
@@ -27,8 +26,6 @@ from spine_zoo import (
 )
 
 from fl_lightning.algorithms import FedAvg
-from fl_lightning.arguments import TRAINER_ARGUMENTS
-from fl_lightning.errors import MisconfigurationException
 from fl_lightning.trainer import FederatedTrainer
 
 SAVING = {"enable_checkpointing": True}
@@ -42,7 +39,9 @@ def adam() -> FedAvg:
 
 
 def test_checkpoint_early_stopping_and_the_best_model(tmp_path: Path) -> None:
-    keep = ModelCheckpoint(tmp_path / "kept", monitor="val_acc", mode="max", save_top_k=2, filename="{epoch}-{val_acc:.3f}")
+    keep = ModelCheckpoint(
+        tmp_path / "kept", monitor="val_acc", mode="max", save_top_k=2, filename="{epoch}-{val_acc:.3f}"
+    )
     stop = EarlyStopping("val_loss", patience=1, min_delta=0.05)
     module = Classifier(lr=0.3, hidden=4)
     trainer = fit_federated(module, ServedSites(sites(4)), max_rounds=40, callbacks=[keep, stop], **SAVING)
@@ -108,7 +107,9 @@ def test_a_second_fit_with_the_same_trainer_starts_anew() -> None:
 
 def test_learning_rate_monitor_sees_the_servers_schedule(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
-    fit_federated(Classifier(), sites(2), max_rounds=4, algorithm=adam(), logger=logger, callbacks=[LearningRateMonitor()])
+    fit_federated(
+        Classifier(), sites(2), max_rounds=4, algorithm=adam(), logger=logger, callbacks=[LearningRateMonitor()]
+    )
     rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
     rates = [float(row["server_lr"]) for row in rows if row.get("server_lr")]
     assert rates == pytest.approx([0.05, 0.05, 0.025, 0.025])
@@ -132,9 +133,9 @@ def test_a_timer_stops_between_rounds() -> None:
             time.sleep(0.3)
 
     trainer = fit_federated(Classifier(), sites(2), max_rounds=50, max_time="00:00:00:01", callbacks=[Slow()])
-    assert 1 <= len(trainer.round_history) <= 4
+    assert 1 <= len(trainer.round_history) <= 6
     timer = fit_federated(Classifier(), sites(2), max_rounds=50, callbacks=[Slow(), Timer("00:00:00:01")])
-    assert 1 <= len(timer.round_history) <= 4
+    assert 1 <= len(timer.round_history) <= 6
 
 
 def test_fast_dev_run_is_one_round_of_two_clients_and_one_batch() -> None:
@@ -226,7 +227,12 @@ def test_deterministic_and_precision_reach_the_clients() -> None:
             seen["autocast"] = type(trainer.precision_plugin).__name__
 
     fit_federated(
-        Classifier(), sites(2), deterministic=True, precision="bf16-mixed", gradient_clip_val=0.5, client_callbacks=[Reads()]
+        Classifier(),
+        sites(2),
+        deterministic=True,
+        precision="bf16-mixed",
+        gradient_clip_val=0.5,
+        client_callbacks=[Reads()],
     )
     assert seen == {"deterministic": True, "precision": "bf16-mixed", "clip": 0.5, "autocast": "MixedPrecision"}
 
@@ -243,99 +249,14 @@ def test_evaluation_runs_in_the_users_precision_and_the_server_in_float32() -> N
     assert dtypes == {(torch.bfloat16, torch.float32), (torch.float64, torch.float64)}
 
 
-# ---- resume -----------------------------------------------------------------------------------------------------------
+def test_the_servers_metrics_are_finite_numbers() -> None:
+    trainer = fit_federated(Classifier(), sites(3), val_loader(), max_rounds=2)
+    for report in trainer.round_history:
+        assert set(report.metrics) >= {"train_loss", "train_loss_epoch", "val_loss", "val_acc"}
+        assert all(math.isfinite(value) for value in report.metrics.values())
 
 
-def long_run(folder: Path, rounds: int, ckpt: Any = None, **more: Any) -> tuple[Any, FederatedTrainer]:
-    """Train with everything that has a state: Adam and a schedule on the server, momentum kept on the clients."""
-    torch.manual_seed(1)
-    module = Momentum(hidden=4)
-    pl.seed_everything(7, verbose=False)
-    own = {
-        "max_rounds": rounds, "clients_per_round": 3, "local_epochs": 2, "algorithm": adam(), "client_state": "keep",
-        "enable_checkpointing": True, "logger": TensorBoardLogger(folder, name="run"),
-        "callbacks": [ModelCheckpoint(save_last=True, save_top_k=-1)],
-    }  # fmt: skip
-    trainer = FederatedTrainer(**{**QUIET, **own, **more})
-    trainer.fit(module, ServedSites(sites(5)), ckpt_path=ckpt)
-    return module, trainer
-
-
-class Momentum(Classifier):
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
-
-def comparable(trainer: FederatedTrainer) -> list[Any]:
-    reports = copy.deepcopy(trainer.round_history)
-    for report in reports:
-        report.seconds = 0.0
-    return reports
-
-
-# ModelCheckpoint says so in plain Lightning, too, when a run goes on in another folder
-OTHER_FOLDER = pytest.mark.filterwarnings("ignore:The dirpath has changed")
-
-
-@OTHER_FOLDER
-@pytest.mark.parametrize("way", ["last", "path"])
-def test_a_resumed_run_is_the_uninterrupted_one(way: str, tmp_path: Path) -> None:
-    whole, uninterrupted = long_run(tmp_path / "whole", 5)
-    _, first = long_run(tmp_path / "parts", 3)
-    path = str(first.checkpoint_callback.last_model_path)
-    resumed, second = long_run(tmp_path / "parts", 5, ckpt="last" if way == "last" else path)
-    assert_same_bits(weights(resumed), weights(whole))
-    assert comparable(second) == comparable(uninterrupted)
-    assert [report.round for report in second.round_history] == [0, 1, 2, 3, 4]
-    folders = sorted(p.name for p in (tmp_path / "parts" / "run").iterdir())
-    assert folders == (["version_0"] if way == "last" else ["version_0", "version_1"])
-
-
-@OTHER_FOLDER
-def test_a_resume_goes_back_to_an_older_checkpoint(tmp_path: Path) -> None:
-    whole, uninterrupted = long_run(tmp_path / "whole", 4)
-    long_run(tmp_path / "parts", 4)
-    (older,) = (tmp_path / "parts").rglob("epoch=1-*.ckpt")
-    resumed, second = long_run(tmp_path / "parts", 4, ckpt=older)
-    assert_same_bits(weights(resumed), weights(whole))
-    assert comparable(second) == comparable(uninterrupted)
-
-
-def test_a_fit_interrupted_in_a_round_resumes_as_if_nothing_had_been(tmp_path: Path) -> None:
-    class Dies(Callback):
-        """Kills the second client of the third round, once."""
-
-        num_starts = 0
-
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            Dies.num_starts += 1
-            if Dies.num_starts == 3 + 3 + 2:
-                raise KeyboardInterrupt
-
-    whole, uninterrupted = long_run(tmp_path / "whole", 4)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        long_run(tmp_path / "parts", 4, client_callbacks=[Dies()])
-    resumed, second = long_run(tmp_path / "parts", 4, ckpt="last")
-    assert_same_bits(weights(resumed), weights(whole))
-    assert comparable(second) == comparable(uninterrupted)
-
-
-def test_two_runs_are_the_same_bits(tmp_path: Path) -> None:
-    (one, first), (two, second) = long_run(tmp_path / "a", 3), long_run(tmp_path / "b", 3)
-    assert_same_bits(weights(one), weights(two))
-    assert comparable(first) == comparable(second)
-
-
-def test_best_and_last_without_a_checkpoint(tmp_path: Path) -> None:
-    module, trainer = long_run(tmp_path / "new", 1, ckpt="last")  # nothing is there: as in plain Lightning it starts
-    assert len(trainer.round_history) == 1
-    fresh = FederatedTrainer(max_rounds=1, **QUIET)
-    with pytest.raises(Exception, match="best"):
-        fresh.fit(module, sites(2), ckpt_path="best")
-    assert type(module) is Momentum
-
-
-# ---- the module afterwards --------------------------------------------------------------------------------------------
+# ---- the module afterwards ------------------------------------------------------------------------------------------
 
 
 def test_an_error_gives_the_module_its_class_back() -> None:
@@ -359,56 +280,3 @@ def test_the_fitted_module_trains_in_plain_lightning_afterwards() -> None:
     trainer.fit(module, loader(), val_loader())
     assert trainer.global_step == 3
     assert not torch.equal(before["net.0.weight"], module.net[0].weight)
-
-
-# ---- the table of arguments -------------------------------------------------------------------------------------------
-
-
-def test_every_argument_of_lightnings_trainer_has_a_row() -> None:
-    names = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
-    assert names == set(TRAINER_ARGUMENTS)
-    assert {row.side for row in TRAINER_ARGUMENTS.values()} <= {"server", "client", "both", "refused"}
-    assert all(len(row.why) > 10 for row in TRAINER_ARGUMENTS.values())
-
-
-@pytest.mark.parametrize("name", [n for n, row in TRAINER_ARGUMENTS.items() if row.side == "refused"])
-def test_a_refused_argument_says_what_to_do_instead(name: str) -> None:
-    value = {"sync_batchnorm": True, "val_check_interval": 0.5}.get(name, 3)
-    with pytest.raises(MisconfigurationException, match=name):
-        FederatedTrainer(**{**QUIET, name: value})
-    default = inspect.signature(pl.Trainer.__init__).parameters[name].default
-    FederatedTrainer(**{**QUIET, name: default, "max_rounds": 1})  # what Lightning means by nothing is no refusal
-
-
-@pytest.mark.parametrize("name", [n for n, row in TRAINER_ARGUMENTS.items() if row.side == "client"])
-def test_a_clients_argument_does_not_reach_the_server(name: str) -> None:
-    value = {"gradient_clip_val": 0.25, "gradient_clip_algorithm": "value", "detect_anomaly": True}.get(name, 2)
-    trainer = FederatedTrainer(**{**QUIET, name: value})
-    assert trainer.local_settings().trainer_arguments[name] == value
-    server = {
-        "limit_train_batches": trainer.limit_train_batches, "overfit_batches": trainer.overfit_batches,
-        "accumulate_grad_batches": trainer.accumulate_grad_batches, "gradient_clip_val": trainer.gradient_clip_val,
-        "gradient_clip_algorithm": trainer.gradient_clip_algorithm, "detect_anomaly": trainer._detect_anomaly,
-    }[name]  # fmt: skip
-    assert server != value
-
-
-def test_max_rounds_and_max_epochs_exclude_each_other() -> None:
-    with pytest.raises(MisconfigurationException, match="max_rounds"):
-        FederatedTrainer(max_rounds=2, max_epochs=2)
-    with pytest.raises(MisconfigurationException, match="local_epochs"):
-        FederatedTrainer(max_epochs=2)
-
-
-def test_swa_warns(tmp_path: Path) -> None:
-    from lightning.pytorch.callbacks import StochasticWeightAveraging
-
-    with pytest.warns(UserWarning, match="StochasticWeightAveraging changes the server's learning rate"):
-        FederatedTrainer(**QUIET, callbacks=[StochasticWeightAveraging(0.1)])
-
-
-def test_the_servers_metrics_are_finite_numbers() -> None:
-    trainer = fit_federated(Classifier(), sites(3), val_loader(), max_rounds=2)
-    for report in trainer.round_history:
-        assert set(report.metrics) >= {"train_loss", "train_loss_epoch", "val_loss", "val_acc"}
-        assert all(math.isfinite(value) for value in report.metrics.values())

@@ -95,7 +95,9 @@ def test_the_three_weightings_differ() -> None:
         module = Local("sgd")
         fit_federated(module, sites(5, shuffle=False), max_rounds=3, algorithm=FedAvg(weights=weighting))
         ends.append(module.net[0].weight.detach().clone())
-    assert min(float((a - b).abs().max()) for a, b in [(ends[0], ends[1]), (ends[1], ends[2]), (ends[0], ends[2])]) > 1e-4
+    assert (
+        min(float((a - b).abs().max()) for a, b in [(ends[0], ends[1]), (ends[1], ends[2]), (ends[0], ends[2])]) > 1e-4
+    )
 
 
 @pytest.mark.parametrize(

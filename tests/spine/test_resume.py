@@ -1,0 +1,120 @@
+"""A resumed run is the uninterrupted one, to the bit, whatever has a state."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from spine_zoo import (
+    QUIET,
+    Classifier,
+    ServedSites,
+    assert_same_bits,
+    sites,
+    weights,
+)
+
+from fl_lightning.algorithms import FedAvg
+from fl_lightning.trainer import FederatedTrainer
+
+
+def adam() -> FedAvg:
+    return FedAvg(
+        server_optimizer=lambda p: torch.optim.Adam(p, lr=0.05),
+        server_lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, step_size=2, gamma=0.5),
+    )
+
+
+def long_run(folder: Path, rounds: int, ckpt: Any = None, **more: Any) -> tuple[Any, FederatedTrainer]:
+    """Train with everything that has a state: Adam and a schedule on the server, momentum kept on the clients."""
+    torch.manual_seed(1)
+    module = Momentum(hidden=4)
+    pl.seed_everything(7, verbose=False)
+    own = {
+        "max_rounds": rounds, "clients_per_round": 3, "local_epochs": 2, "algorithm": adam(), "client_state": "keep",
+        "enable_checkpointing": True, "logger": TensorBoardLogger(folder, name="run"),
+        "callbacks": [ModelCheckpoint(save_last=True, save_top_k=-1)],
+    }  # fmt: skip
+    trainer = FederatedTrainer(**{**QUIET, **own, **more})
+    trainer.fit(module, ServedSites(sites(5)), ckpt_path=ckpt)
+    return module, trainer
+
+
+class Momentum(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+def comparable(trainer: FederatedTrainer) -> list[Any]:
+    reports = copy.deepcopy(trainer.round_history)
+    for report in reports:
+        report.seconds = 0.0
+    return reports
+
+
+# ModelCheckpoint says so in plain Lightning, too, when a run goes on in another folder
+OTHER_FOLDER = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+
+
+@OTHER_FOLDER
+@pytest.mark.parametrize("way", ["last", "path"])
+def test_a_resumed_run_is_the_uninterrupted_one(way: str, tmp_path: Path) -> None:
+    whole, uninterrupted = long_run(tmp_path / "whole", 5)
+    _, first = long_run(tmp_path / "parts", 3)
+    path = str(first.checkpoint_callback.last_model_path)
+    resumed, second = long_run(tmp_path / "parts", 5, ckpt="last" if way == "last" else path)
+    assert_same_bits(weights(resumed), weights(whole))
+    assert comparable(second) == comparable(uninterrupted)
+    assert [report.round for report in second.round_history] == [0, 1, 2, 3, 4]
+    folders = sorted(p.name for p in (tmp_path / "parts" / "run").iterdir())
+    assert folders == (["version_0"] if way == "last" else ["version_0", "version_1"])
+
+
+@OTHER_FOLDER
+def test_a_resume_goes_back_to_an_older_checkpoint(tmp_path: Path) -> None:
+    whole, uninterrupted = long_run(tmp_path / "whole", 4)
+    long_run(tmp_path / "parts", 4)
+    (older,) = (tmp_path / "parts").rglob("epoch=1-*.ckpt")
+    resumed, second = long_run(tmp_path / "parts", 4, ckpt=older)
+    assert_same_bits(weights(resumed), weights(whole))
+    assert comparable(second) == comparable(uninterrupted)
+
+
+def test_a_fit_interrupted_in_a_round_resumes_as_if_nothing_had_been(tmp_path: Path) -> None:
+    class Dies(Callback):
+        """Kills the second client of the third round, once."""
+
+        num_starts = 0
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            Dies.num_starts += 1
+            if Dies.num_starts == 3 + 3 + 2:
+                raise KeyboardInterrupt
+
+    whole, uninterrupted = long_run(tmp_path / "whole", 4)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        long_run(tmp_path / "parts", 4, client_callbacks=[Dies()])
+    resumed, second = long_run(tmp_path / "parts", 4, ckpt="last")
+    assert_same_bits(weights(resumed), weights(whole))
+    assert comparable(second) == comparable(uninterrupted)
+
+
+def test_two_runs_are_the_same_bits(tmp_path: Path) -> None:
+    (one, first), (two, second) = long_run(tmp_path / "a", 3), long_run(tmp_path / "b", 3)
+    assert_same_bits(weights(one), weights(two))
+    assert comparable(first) == comparable(second)
+
+
+def test_best_and_last_without_a_checkpoint(tmp_path: Path) -> None:
+    module, trainer = long_run(tmp_path / "new", 1, ckpt="last")  # nothing is there: as in plain Lightning it starts
+    assert len(trainer.round_history) == 1
+    fresh = FederatedTrainer(max_rounds=1, **QUIET)
+    with pytest.raises(Exception, match="best"):
+        fresh.fit(module, sites(2), ckpt_path="best")
+    assert type(module) is Momentum
