@@ -1,0 +1,228 @@
+"""From a contribution to the byte string that travels, and back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fl_lightning.transforms.base import Exchange, Payload, State, Transform, template_of
+from fl_lightning.transforms.chaining import Chain
+from fl_lightning.transforms.errors import PayloadError
+from fl_lightning.tree import non_finite, num_bytes
+from fl_lightning.types import ClientTask, Contribution, Memory, Tree
+from fl_lightning.wire import WireError, pack, unpack
+
+__all__ = ["Codec", "PackedSize"]
+
+_FORMAT = 1
+_EXACT = frozenset({"buffers"})
+"""Trees that no transform sees: a mean of running statistics that lost elements is no statistic."""
+_SLACK = 1 << 20
+
+
+class Codec:
+    """Both halves of a federation's transforms; it holds nothing but their settings and the model's shapes.
+
+    Trees with the names of the model's parameters pass through the transforms; running statistics, other trees and
+    scalars travel as they are. A payload names its round and client and carries a digest of transforms and shapes, so
+    that one made for something else is refused.
+
+    Args:
+        transforms: in the client's order; none leaves every bit as it is.
+        seed: of the random numbers that both sides draw.
+        model: the parameters that travel.
+        buffers: the buffers that travel.
+
+    Example:
+        >>> from fl_lightning.transforms import TopK
+        >>> model = {"w": torch.zeros(3)}
+        >>> codec, task = Codec([TopK(k=1)], 0, model), ClientTask("a", 0, 0, {}, seed=0)
+        >>> contribution = Contribution({"delta": {"w": torch.tensor([1.0, -4.0, 2.0])}}, {"weight": 2.0})
+        >>> data, memory = codec.encode(contribution, task, {})
+        >>> type(data).__name__, codec.decode(data, task)
+        ('bytes', Contribution(trees={'delta': {'w': tensor([ 0., -4.,  0.])}}, scalars={'weight': 2.0}))
+    """
+
+    def __init__(self, transforms: Sequence[Transform], seed: int, model: Tree, buffers: Tree | None = None) -> None:
+        self.transform = Chain(transforms)
+        self.seed = seed
+        specs = template_of({"model": model, "buffers": buffers or {}})
+        self._model, self._buffers = specs["model"], specs["buffers"]
+        # decoded once, on the sum of a round: the leading parts whose decoding is linear
+        self._linear = 0
+        while self._linear < len(self.transform.parts) and self.transform.parts[self._linear].on_sum:
+            self._linear += 1
+        shapes = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in self._model.items()]
+        self._digest = hashlib.blake2b(repr((self.transform, shapes)).encode(), digest_size=4).hexdigest()
+        self._largest = 4 * (num_bytes([self._model]) + num_bytes([self._buffers])) + _SLACK
+        self._size = PackedSize()
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether contributions travel as they are."""
+        return not self.transform.parts
+
+    def init(self) -> State:
+        """Check that the model's updates can be encoded, and return the server's state of the transforms.
+
+        Raises:
+            MisconfigurationException: when a transform cannot encode them.
+        """
+        return self.transform.init({"delta": self._model}, self.seed)
+
+    # ---- client half -------------------------------------------------------------------------------------------
+
+    def encode(self, contribution: Contribution, task: ClientTask, memory: Memory) -> tuple[bytes, Memory | None]:
+        """Return a contribution as bytes, and the transforms' next memory of this client (``None`` for none)."""
+        coded = {key: tree for key, tree in contribution.trees.items() if self._is_coded(key, tree)}
+        payload, kept = self.transform.encode(
+            Contribution(coded, dict(contribution.scalars)), self._exchange(task), memory
+        )
+        return pack(self._message(contribution, task, payload)), kept
+
+    def size(self, contribution: Contribution, task: ClientTask) -> int:
+        """Return the length of what :meth:`encode` returns without transforms, and write no byte."""
+        coded = {key: tree for key, tree in contribution.trees.items() if self._is_coded(key, tree)}
+        return self._size(self._message(contribution, task, Payload(Contribution(coded, contribution.scalars), [])))
+
+    def _message(self, contribution: Contribution, task: ClientTask, payload: Payload) -> list[Any]:
+        exact = {key: tree for key, tree in contribution.trees.items() if not self._is_coded(key, tree)}
+        coded = [key for key in contribution.trees if key not in exact]
+        opened = payload.contribution
+        address = [task.client_id, task.round, task.dispatch_id]
+        return [_FORMAT, self._digest, address, coded, opened.scalars, opened.trees, payload.sealed, exact]
+
+    def _is_coded(self, key: str, tree: Tree) -> bool:
+        return key not in _EXACT and tree.keys() == self._model.keys()
+
+    # ---- server half -------------------------------------------------------------------------------------------
+
+    def decode(self, data: bytes, task: ClientTask) -> Contribution:
+        """Return the contribution of a client, as far as it is decoded before the sum.
+
+        Raises:
+            PayloadError: for anything but what :meth:`encode` returned for this task and this model.
+        """
+        if len(data) > self._largest:
+            raise PayloadError(f"expected at most {self._largest} bytes, got {len(data)}")
+        try:
+            return self._decoded(unpack(data), task)
+        except PayloadError as error:
+            raise PayloadError(f"its payload cannot be used: {error}") from error
+        except WireError as error:
+            raise PayloadError(f"its payload cannot be read: {error}") from error
+        except Exception as error:  # bytes from outside: what they provoke is the client's fault, not the server's end
+            raise PayloadError(f"its payload is malformed: {type(error).__name__}: {error}") from error
+
+    def _decoded(self, message: Any, task: ClientTask) -> Contribution:
+        version, digest, address, coded, scalars, opened, sealed, exact = message
+        if version != _FORMAT:
+            raise PayloadError(f"expected format {_FORMAT}, got {version!r}")
+        expected = [task.client_id, task.round, task.dispatch_id]
+        if address != expected:
+            raise PayloadError(f"expected [client, round, dispatch] {expected}, got {address}")
+        if digest != self._digest:
+            raise PayloadError("it was encoded for a model of other shapes, or by other transforms")
+        template = dict.fromkeys(coded, self._model)
+        parts = range(self._linear, len(self.transform.parts))
+        own = Contribution(opened, scalars)
+        decoded = self.transform.decode_parts(Payload(own, sealed), self._exchange(task), template, parts)
+        trees = {**decoded.trees, **exact}
+        _check(trees, self._sum_template(coded) | {"buffers": self._buffers}, exact)
+        return Contribution(trees, _finite(decoded.scalars))
+
+    def finish(self, total: Contribution, round: int, state: State) -> tuple[Contribution, State]:
+        """Decode what is linear on the sum of a round, and let the transforms change it; returns their next state."""
+        if self._linear:
+            shapes = self._sum_template(["sum"])["sum"]
+            coded = {key: tree for key, tree in total.trees.items() if _same_shapes(tree, shapes)}
+            sealed: list[Any] = [{} for _ in self.transform.parts]
+            decoded = self.transform.decode_parts(
+                Payload(Contribution(coded, total.scalars), sealed),
+                Exchange(self.seed, round),
+                dict.fromkeys(coded, self._model),
+                range(self._linear),
+            )
+            total = Contribution({**total.trees, **decoded.trees}, total.scalars)
+        return self.transform.finish(total, state)
+
+    def _sum_template(self, keys: Sequence[str]) -> dict[str, Tree]:
+        template: Mapping[str, Tree] = dict.fromkeys(keys, self._model)
+        for part in self.transform.parts[: self._linear]:
+            template = part.output(template)
+        return dict(template)
+
+    def _exchange(self, task: ClientTask) -> Exchange:
+        return Exchange(self.seed, task.round, task.client_id, task.dispatch_id)
+
+
+class PackedSize:
+    """Computes ``len(pack(value))`` without writing the tensors.
+
+    The header of a safetensors file depends on types and shapes alone, so for each set of them one value is packed for
+    real; what changes from client to client are names and numbers of a few bytes.
+
+    Example:
+        >>> value = {"weight": 12.0, "delta": {"w": torch.zeros(5)}}
+        >>> PackedSize()(value) == len(pack(value))
+        True
+    """
+
+    def __init__(self) -> None:
+        self._headers: dict[Any, int] = {}
+
+    def __call__(self, value: Any) -> int:
+        tensors: list[Tensor] = []
+        skeleton = _header_length(pack(_hollow(value, tensors)))
+        key = tuple((tensor.dtype, tensor.shape) for tensor in tensors)
+        if key not in self._headers:
+            self._headers[key] = _header_length(pack(value)) - skeleton
+        header = skeleton + self._headers[key]
+        return 8 + -(-header // 8) * 8 + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _header_length(data: bytes) -> int:
+    length = int.from_bytes(data[:8], "little")
+    return len(data[8 : 8 + length].rstrip(b" "))  # safetensors fills up to a multiple of eight
+
+
+_HOLLOW = torch.zeros(0)
+
+
+def _hollow(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _HOLLOW
+    if isinstance(value, list | tuple):
+        return type(value)(_hollow(item, tensors) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _hollow(item, tensors) for key, item in value.items()}
+    return value
+
+
+def _same_shapes(tree: Tree, template: Tree) -> bool:
+    return tree.keys() == template.keys() and all(tree[name].shape == template[name].shape for name in template)
+
+
+def _check(trees: Mapping[str, Tree], templates: Mapping[str, Tree], exact: Mapping[str, Tree]) -> None:
+    for key, tree in trees.items():
+        template = templates.get(key)
+        if template is not None and not _same_shapes(tree, template):
+            raise PayloadError(f"the tensors of {key!r} have other names or shapes than the model's")
+        if key in exact and not all(isinstance(tensor, Tensor) for tensor in tree.values()):
+            raise PayloadError(f"{key!r} holds something else than tensors")
+        bad = non_finite(tree)
+        if bad is not None:
+            raise PayloadError(f"it has NaN or infinite values in {key}/{bad or 'values'}")
+
+
+def _finite(scalars: Mapping[str, Any]) -> dict[str, float]:
+    for name, value in scalars.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not float("-inf") < value < float("inf"):
+            raise PayloadError(f"expected a finite number as {name!r}, got {value!r}")
+    return dict(scalars)
