@@ -53,13 +53,14 @@ class _ClientCallbacks(_CallbackConnector):
             if id(callback) not in given:
                 if isinstance(callback, Checkpoint):
                     continue  # checkpoints are of the global model
-                if (
-                    isinstance(callback, EarlyStopping)
-                    and not self.trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
-                ):
+                if isinstance(callback, EarlyStopping) and not self._validates():
                     callback.strict = False  # what it monitors may exist on the server only
             kept.append(callback)
         self.trainer.callbacks = kept
+
+    def _validates(self) -> bool:
+        trainer = self.trainer
+        return trainer.limit_val_batches != 0 and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
 
 
 class ClientTrainer(pl.Trainer):
@@ -90,6 +91,7 @@ class ClientTrainer(pl.Trainer):
         )
         self._callback_connector = _ClientCallbacks(self)
         self._accumulate = self.accumulate_grad_batches
+        self._limit_val_batches = self.limit_val_batches
         self._log_every = self.log_every_n_steps
         # the federation's own signal handlers stay in place while a client trains
         self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
@@ -131,8 +133,15 @@ class ClientTrainer(pl.Trainer):
         self.strategy.optimizers = []
         self.strategy.lr_scheduler_configs = []
 
-    def fit_client(self, module: pl.LightningModule, **data: Any) -> None:
-        """Run Lightning's fit; errors come out as they are (a Ctrl-C stays a ``KeyboardInterrupt``)."""
+    def fit_client(self, module: pl.LightningModule, validates: bool, **data: Any) -> None:
+        """Run Lightning's fit; errors come out as they are (a Ctrl-C stays a ``KeyboardInterrupt``).
+
+        Args:
+            module: the client's module.
+            validates: whether the client brings validation data; a ``val_dataloader`` of the module is the server's.
+            **data: the data arguments of Lightning's ``fit``.
+        """
+        self.limit_val_batches = self._limit_val_batches if validates else 0
         self.strategy._lightning_module = module
         self.state.fn = TrainerFn.FITTING
         self.state.status = TrainerStatus.RUNNING
@@ -141,6 +150,7 @@ class ClientTrainer(pl.Trainer):
 
     def validate_client(self, module: pl.LightningModule, dataloaders: Any) -> None:
         """Run Lightning's validate without printing."""
+        self.limit_val_batches = self._limit_val_batches
         self.strategy._lightning_module = module
         self.state.fn = TrainerFn.VALIDATING
         self.state.status = TrainerStatus.RUNNING

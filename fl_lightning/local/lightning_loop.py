@@ -153,7 +153,7 @@ class LightningLoop:
             strategy.before_setup = prepare
             # the pass moves no weight: only the statistics are wanted
             strategy.after_optimizers = lambda optimizers, configs: scale_learning_rates(optimizers, configs, 0.0)
-            self.trainer.fit_client(self.worker.module, train_dataloaders=data.train, datamodule=data.datamodule)
+            self.trainer.fit_client(self.worker.module, False, train_dataloaders=data.train, datamodule=data.datamodule)
             return read_tensors(self.worker.module, names), observer.num_examples
 
     def validate(self, task: ClientTask, dataloaders: Any, memory: Memory) -> MetricSums:
@@ -230,7 +230,7 @@ class _Run:
         strategy = loop.trainer.client_strategy
         strategy.before_setup = lambda model: self._load(model, start, phase)
         strategy.after_optimizers = lambda optimizers, configs: self._optimizers(optimizers, configs, phase)
-        loop.trainer.fit_client(module, **self.data.as_arguments())
+        loop.trainer.fit_client(module, self.data.validates, **self.data.as_arguments())
         if observer.num_batches == 0:
             raise EmptyClientError(
                 task.client_id,

@@ -74,7 +74,11 @@ def run(case: Case, plain: bool, start: Any, local_loop: str = "lightning") -> t
     module = copy.deepcopy(start)
     zoo.SEEN.clear()
     if plain:
-        trainer: Any = fit_plain(module, case.train(), case.val() if case.val else None, epochs=2, **case.arguments)
+        # a val_dataloader of the module is the server's, and a client does not validate on it
+        own = {} if case.val else {"limit_val_batches": 0}
+        trainer: Any = fit_plain(
+            module, case.train(), case.val() if case.val else None, epochs=2, **own, **case.arguments
+        )
     else:
         client_val = {"a": case.val()} if case.val else None
         data = Sites({"a": case.train()}, client_val=client_val)
@@ -171,3 +175,16 @@ def test_a_fitted_module_is_its_own_class_again() -> None:
     trainer = fit_federated(module, {"a": loader()})
     assert type(module) is Classifier
     assert isinstance(trainer, FederatedTrainer)
+
+
+@pytest.mark.parametrize("local_loop", ["lightning", "auto"])
+def test_a_val_dataloader_of_the_module_is_the_servers(local_loop: str) -> None:
+    sides = []
+
+    class Validates(BoringModel):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            sides.append(type(self.trainer))
+
+    fit_federated(Validates(), {"a": zoo.boring_loader()}, local_loop=local_loop, limit_val_batches=2)
+    assert set(sides) == {FederatedTrainer}
+    assert len(sides) == 2 + 2  # sanity check and one round
