@@ -35,6 +35,7 @@ def combined_statistics(total: Contribution, own: Mapping[str, Tensor]) -> dict[
     """Return the running statistics of all clients together, in the types of ``own``.
 
     Example:
+        >>> import torch
         >>> a = statistics_contribution({"running_mean": torch.tensor([0.0]), "running_var": torch.tensor([1.0])}, 1)
         >>> a.trees["moments"]["running_mean"] += 2.0  # a second client with mean 2, variance 1 and one example
         >>> a.trees["moments"]["running_var"] += 5.0
