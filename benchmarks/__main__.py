@@ -1,0 +1,44 @@
+"""``python -m benchmarks``: the table of docs/performance.md; ``--help`` lists what else is measured."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.by_hand import by_hand
+from benchmarks.contenders import Contender
+from benchmarks.leanest import leanest
+from benchmarks.ours import LOOPS, ours
+from benchmarks.peers.launch import peers
+from benchmarks.table import BASELINE, compare, print_table
+from benchmarks.workloads import WORKLOADS
+
+
+def main() -> None:
+    arguments = _parsed()
+    torch.set_num_threads(arguments.threads)
+    contenders: dict[str, Contender] = {BASELINE: by_hand, "leanest loop by hand": leanest}
+    contenders.update({f"fl_lightning {name}": ours(**LOOPS[name]) for name in arguments.loops})
+    found, missing = peers(arguments.peers)
+    contenders.update(found)
+    for line in missing:
+        print(line)
+    for name in arguments.workloads:
+        print_table(WORKLOADS[name], compare(WORKLOADS[name], contenders, arguments.turns, arguments.rounds))
+
+
+def _parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--workloads", nargs="+", choices=sorted(WORKLOADS), default=["W1", "W2", "W3", "W4"])
+    parser.add_argument("--loops", nargs="*", choices=sorted(LOOPS), default=list(LOOPS))
+    parser.add_argument("--turns", type=int, default=5, help="alternating runs of every contender")
+    parser.add_argument("--rounds", type=int, default=3, help="counted rounds of a run; one more warms up")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--peers", type=Path, help="folder with one virtual environment a peer")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

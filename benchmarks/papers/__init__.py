@@ -1,0 +1,1 @@
+"""Published results, reproduced through ``FederatedTrainer``: ``python -m benchmarks.papers``."""
