@@ -25,7 +25,7 @@ from torch.optim import LBFGS, Optimizer
 
 from fl_lightning.callbacks.base import GradientCorrection
 from fl_lightning.local.lean_data import Batches
-from fl_lightning.local.lean_log import Log, ResultLog, ScalarLog
+from fl_lightning.local.lean_log import Log, Points, ResultLog, ScalarLog
 from fl_lightning.local.lean_plain import lightning_module, overrides
 from fl_lightning.local.lean_step import step_function
 from fl_lightning.local.lean_trainer import LeanTrainer, NotPlain, Progress
@@ -116,8 +116,7 @@ class Fit:
         self._open = batches
         self._batches: Batches | None = None
         self._iterator: Iterator[Any] | None = None
-        self._stepped = offset  # of all rounds: the curve's own count
-        self._logged_a_point = False
+        self._points = Points(offset, progress.log_every)
         progress.open_data = self._open_data
 
     # ---- from setup to teardown ----------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ class Fit:
         self.log.end_batches()
         self._call("on_train_epoch_end")
         self.log.close_epoch(self.num_examples)
-        self.log.end_epoch(self._stepped - 1)
+        self.log.end_epoch(self._points.stepped - 1)
 
     def _batch(self, batch: Any, index: int) -> None:
         progress, log = self.progress, self.log
@@ -210,7 +209,7 @@ class Fit:
             batch = move_data_to_device(batch, self.facts.device)
         log.begin_batch(batch)
         accumulates = (index + 1) % progress.accumulate != 0 and not progress.is_last_batch
-        point = self._point(accumulates)
+        point = self._points.next(progress.is_last_batch, accumulates)
         for hook in self._batch_start:
             if hook(batch, index) == -1:
                 raise NotPlain("on_train_batch_start skips the rest of an epoch")
@@ -225,16 +224,7 @@ class Fit:
             hook(outputs, batch, index)
         log.end_batch(point)
         if not accumulates:
-            self._stepped += 1
-
-    def _point(self, accumulates: bool) -> int | None:
-        """Return the step at which this batch's values go on the curve, by the rule of LightningLoop's observer."""
-        progress = self.progress
-        if (self._stepped + 1) % progress.log_every == 0:
-            self._logged_a_point = True
-        elif progress.is_last_batch and not self._logged_a_point:
-            progress.log_every = 1  # every round leaves at least one point on the client's curve
-        return self._stepped if not accumulates and (self._stepped + 1) % progress.log_every == 0 else None
+            self._points.stepped += 1
 
     def _optimize(self, batch: Any, index: int, accumulates: bool) -> Any:
         facts = self.facts

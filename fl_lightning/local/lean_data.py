@@ -121,15 +121,22 @@ class TensorBatches:
 
     def positions(self) -> Tensor:
         """Return the epoch's examples in the order of the sampler, as positions in ``tensors``."""
+        order = self.order()
+        return order if self.indices is None else self.indices.index_select(0, order)
+
+    def own(self) -> list[Tensor]:
+        """Return the client's examples."""
+        return [t if self.indices is None else t.index_select(0, self.indices) for t in self.tensors]
+
+    def order(self) -> Tensor:
+        """Return the epoch's examples in the order of the sampler, as positions in the client's data."""
         sampler = self.sampler
         if type(sampler) is SequentialSampler:
-            order = torch.arange(len(sampler))
-        elif type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None:
+            return torch.arange(len(sampler))
+        if type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None:
             seed = int(torch.empty((), dtype=torch.int64).random_().item())
-            order = torch.randperm(len(sampler), generator=torch.Generator().manual_seed(seed))
-        else:
-            order = torch.tensor(list(sampler), dtype=torch.int64)
-        return order if self.indices is None else self.indices.index_select(0, order)
+            return torch.randperm(len(sampler), generator=torch.Generator().manual_seed(seed))
+        return torch.tensor(list(sampler), dtype=torch.int64)
 
     def sizes(self) -> list[int]:
         """Return the sizes of an epoch's batches."""

@@ -21,7 +21,7 @@ from fl_lightning.local.lean_trainer import NeedsResults
 from fl_lightning.local.recorder import ClientLogger
 from fl_lightning.metrics import Mean, MetricSums, Part, StepSums, capture
 
-__all__ = ["Log", "ResultLog", "ScalarLog", "Series"]
+__all__ = ["Log", "Points", "ResultLog", "ScalarLog", "Series"]
 
 
 class Log(Protocol):
@@ -222,6 +222,34 @@ def _first_size(batch: Any) -> float:
     if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor) and batch[0].ndim:
         return batch[0].size(0)
     raise NeedsResults
+
+
+class Points:
+    """Which steps are points on a client's curve, by the rule of LightningLoop: every ``log_every``, at least one a round.
+
+    Args:
+        offset: steps of the client's earlier rounds.
+        log_every: ``log_every_n_steps``.
+
+    Example:
+        >>> points = Points(offset=10, log_every=50)
+        >>> points.next(is_last_batch=False, accumulates=False), points.next(is_last_batch=True, accumulates=False)
+        (None, 10)
+    """
+
+    def __init__(self, offset: int, log_every: int) -> None:
+        self.stepped = offset
+        """Optimizer steps of all rounds: the curve's own count."""
+        self._log_every = log_every
+        self._logged_a_point = False
+
+    def next(self, is_last_batch: bool, accumulates: bool) -> int | None:
+        """Return the step at which the batch that begins now goes on the curve, or ``None``."""
+        if (self.stepped + 1) % self._log_every == 0:
+            self._logged_a_point = True
+        elif is_last_batch and not self._logged_a_point:
+            self._log_every = 1  # LightningLoop's observer leaves it so for the rest of the round
+        return self.stepped if not accumulates and (self.stepped + 1) % self._log_every == 0 else None
 
 
 class ResultLog:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,14 +17,17 @@ from fl_lightning.algorithms.base import Algorithm
 from fl_lightning.errors import EmptyClientError
 from fl_lightning.local.job import ClientData, Job, Outcome
 from fl_lightning.local.lean_client import Facts, Fit
-from fl_lightning.local.lean_data import batches_of
+from fl_lightning.local.lean_data import TensorBatches, batches_of
+from fl_lightning.local.lean_group import Group, Member
+from fl_lightning.local.lean_grouping import cannot_group, chunks, group_size
 from fl_lightning.local.lean_plain import not_plain, strange_callback
+from fl_lightning.local.lean_stack import CannotGroup
 from fl_lightning.local.lean_trainer import NeedsResults, NotPlain, NotThisClient, Progress
 from fl_lightning.local.lightning_loop import LightningLoop, _Run
 from fl_lightning.local.quiet import as_rank_zero
 from fl_lightning.local.recorder import ClientLogger, Record
 from fl_lightning.local.settings import LocalSettings
-from fl_lightning.local.worker import read_tensors
+from fl_lightning.local.worker import load_tensors, read_tensors
 from fl_lightning.metrics import alone
 from fl_lightning.seeding import forked_rng, seed_everywhere
 from fl_lightning.types import ClientTask, ClientUpdate, Memory, Phase, Tree
@@ -52,10 +56,92 @@ class LeanLoop(LightningLoop):
         self.any_log = False
         """Whether the module logs what plain lists cannot hold; known after its first client."""
 
+        self.group_size = group_size(module, settings)
+        self.group_reason = self.reason or cannot_group(
+            module, self.facts, settings, callbacks, self.trainer._accumulate
+        )
+        self._uses_index = self._checked = False
+
     def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
-        """Run clients one after the other, in this loop as long as it is exact."""
-        for job in jobs:
-            yield self.run_one(job)
+        """Run clients one after the other or in groups, in this loop as long as it is exact."""
+        queue = iter(jobs)
+        while chunk := list(islice(queue, self.group_size if self.groups else 1)):
+            outcomes = self._run_groups(chunk) if len(chunk) > 1 else {}
+            for position, job in enumerate(chunk):
+                yield outcomes.pop(position) if position in outcomes else self.run_one(job)
+
+    @property
+    def groups(self) -> bool:
+        """Whether clients train in groups."""
+        return self.group_size > 1 and self.group_reason is None and self.reason is None
+
+    # ---- groups -------------------------------------------------------------------------------------------------
+
+    def _run_groups(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
+        """Return the outcomes of the jobs that could train together, by position."""
+        done: dict[int, Outcome] = {}
+        with _forked(jobs[0].task.seed), as_rank_zero(), alone(), torch.enable_grad():
+            members = {position: member for position, job in enumerate(jobs) if (member := self._member(job)) is not None}
+            positions = list(members)
+            for chunk in chunks([members[position].key() for position in positions]):
+                together = [positions[i] for i in chunk]
+                if len(together) > 1:
+                    outcomes = self._train_group([members[position] for position in together])
+                    done.update(zip(together, outcomes, strict=False))
+        return done
+
+    def _member(self, job: Job) -> Member | None:
+        """Open a client for a group, or return ``None`` when it has to train by itself."""
+        phases = self.algorithm.phases(job.task)
+        if phases != [Phase(name=phases[0].name)]:
+            return None
+        try:
+            data = job.data()
+            batches = None if data.validates else batches_of(data.train, self.trainer.limit_train_batches)
+            if not isinstance(batches, TensorBatches) or not batches.sizes():
+                return None
+            callbacks = _LeanRun(self, job.task, data, job.memory(), None)._callbacks(phases[0])
+        except (Exception, NotThisClient):
+            return None  # its fault shows when it trains by itself
+        num_examples = sum(batches.sizes()) if data.num_examples is None else data.num_examples
+        return Member(job, batches, callbacks, num_examples)
+
+    def _train_group(self, members: Sequence[Member]) -> list[Outcome]:
+        """Train some clients at once; an empty list says that each has to train by itself."""
+        try:
+            try:
+                return self._together(members)
+            except (Exception, NotPlain):
+                if self._uses_index or not self.facts.takes_index:
+                    raise
+                self._uses_index = True  # the index of the batch may have been what was in the way
+                return self._together(members)
+        except (Exception, NotPlain, NeedsResults) as error:
+            reason = str(error) if isinstance(error, CannotGroup | NotPlain) else f"{type(error).__name__}: {error}"
+            return self._one_by_one(members, reason.strip().splitlines()[0] if reason.strip() else "no reason given")
+
+    def _one_by_one(self, members: Sequence[Member], reason: str) -> list[Outcome]:
+        outcomes = [self.run_one(member.job) for member in members]
+        if not any(outcome.error for outcome in outcomes):  # it was no client's fault
+            self.group_reason = reason
+            rank_zero_info(f"Clients train one by one in LeanLoop: {reason}.")
+        return outcomes
+
+    def _together(self, members: Sequence[Member]) -> list[Outcome]:
+        task = members[0].job.task
+        self.worker.restore()
+        load_tensors(self.worker.module, [self.settings.static, task.broadcast["model"]])
+        group = Group(self.facts, members, self._uses_index, self.trainer._log_every)
+        if not self._checked:
+            group.check()
+            self._checked = True
+        group.train()
+        changed = self.worker.changed()
+        if changed is not None:
+            raise CannotGroup(f"training_step changes its attribute {changed!r}, which is one for all clients of a group")
+        return group.outcomes(self.settings)
+
+    # ---- one client ---------------------------------------------------------------------------------------------
 
     def run_one(self, job: Job) -> Outcome:
         """Run one client."""

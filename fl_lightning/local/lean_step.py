@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-__all__ = ["step_function"]
+__all__ = ["ordinary", "step_function"]
 
 
 def step_function(optimizer: Optimizer) -> Callable[[], None]:
@@ -33,7 +33,7 @@ def step_function(optimizer: Optimizer) -> Callable[[], None]:
     updates: dict[type[Optimizer], Callable[[Optimizer, dict[str, Any]], bool]] = {
         SGD: _sgd, Adam: _adam, AdamW: _adam,
     }  # fmt: skip
-    if kind not in updates or not all(_ordinary(group) for group in optimizer.param_groups) or _hooked(optimizer):
+    if kind not in updates or not all(ordinary(group) for group in optimizer.param_groups) or _hooked(optimizer):
         return optimizer.step
     update = updates[kind]
 
@@ -54,7 +54,8 @@ def step_function(optimizer: Optimizer) -> Callable[[], None]:
     return step
 
 
-def _ordinary(group: dict[str, Any]) -> bool:
+def ordinary(group: dict[str, Any]) -> bool:
+    """Whether a parameter group asks for nothing but its optimizer's plain arithmetic on dense CPU tensors."""
     flags = ("maximize", "differentiable", "foreach", "fused", "capturable", "amsgrad")
     numbers = ("lr", "weight_decay", "momentum", "dampening", "eps")
     dense = all(p.device.type == "cpu" and p.is_floating_point() and not p.is_sparse for p in group["params"])

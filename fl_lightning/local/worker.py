@@ -20,6 +20,8 @@ __all__ = ["Worker", "copied_module", "load_tensors", "moved", "read_tensors"]
 _TENSOR_DICTS = ("_parameters", "_buffers", "_modules")
 _ATOMIC = (int, float, complex, bool, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size)
 _COMPARED = (int, float, complex, bool, str, bytes, torch.dtype, torch.device, torch.Size)
+# what a loop sets while it trains
+_LIGHTNINGS_OWN = {"_trainer", "_current_fx_name", "_metric_attributes", "log"}
 _MAPPINGS = (dict, OrderedDict, AttributeDict)
 
 
@@ -113,6 +115,20 @@ class Worker:
             with torch.no_grad():
                 torch._foreach_copy_(self._values, self._saved_values)
 
+    def changed(self) -> str | None:
+        """Return the name of a plain attribute that is not as :meth:`restore` left it, or ``None``."""
+        for part in self._parts:
+            for name, value in part.fixed.items():
+                if name not in _LIGHTNINGS_OWN and part.own.get(name) is not value and part.own.get(name) != value:
+                    return name
+            new = part.own.keys() - part.names - _LIGHTNINGS_OWN
+            if new:
+                return min(new)
+        for own, name, value, saved in self._compared:
+            if name not in _LIGHTNINGS_OWN and (own.get(name) is not value or not _same(value, saved)):
+                return name
+        return None
+
     def _unchanged(self) -> bool:
         for own, name, value, saved in self._compared:
             if own.get(name) is not value or ((value or saved) and not _same(value, saved)):
@@ -141,14 +157,14 @@ class _Part:
         rest = {name: value for name, value in self.own.items() if name not in _TENSOR_DICTS}
         self.fixed = {name: value for name, value in rest.items() if isinstance(value, _ATOMIC)}
         self.mutable = {name: value for name, value in rest.items() if name not in self.fixed}
-        self._names = frozenset((*self.groups, *rest))
+        self.names = frozenset((*self.groups, *rest))
         self._identities = {name: _identity(group) for name, group in self.groups.items()}
 
     def restore(self) -> None:
         """Put back plain values and the dictionaries of tensors and submodules, and forget new attributes."""
         own = self.own
-        if own.keys() != self._names:
-            for name in own.keys() - self._names:
+        if own.keys() != self.names:
+            for name in own.keys() - self.names:
                 del own[name]
         own.update(self.fixed)
         for name, identity in self._identities.items():

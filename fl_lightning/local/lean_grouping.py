@@ -1,0 +1,104 @@
+"""Who trains together: which modules can, how many clients at once, and which clients of a lane."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import lightning.pytorch as pl
+from lightning.pytorch import Callback
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from fl_lightning.callbacks import StepCounter
+from fl_lightning.callbacks.base import GradientCorrection
+from fl_lightning.local.lean_client import Facts
+from fl_lightning.local.settings import LocalSettings
+
+__all__ = ["cannot_group", "chunks", "group_size"]
+
+_CONVOLUTIONS = (nn.modules.conv._ConvNd, nn.RNNBase)
+_SMALL, _MEDIUM = 20_000, 300_000
+"""Parameters of a module. Offline, on one CPU thread, against the lean loop with one client at a time: a logistic
+regression with 610 parameters gains most with all clients of a lane at once, an MLP with 199,210 a little with 8 at a
+time, a CNN with 1,663,370 loses (its convolutions become grouped ones)."""
+
+
+def cannot_group(
+    module: pl.LightningModule, facts: Facts, settings: LocalSettings, callbacks: Iterable[Callback], accumulate: int
+) -> str | None:
+    """Return why clients of a module train one by one, or ``None``; some reasons show only in the first group."""
+    for name, part in module.named_modules():
+        if isinstance(part, _NormBase) and part.track_running_stats:
+            return f"LeanLoop cannot group {type(part).__name__} {name!r}: its running statistics update in place"
+    if facts.hooks & _HOOKS:
+        return f"{type(module).__name__} overrides {', '.join(sorted(facts.hooks & _HOOKS))}, which sees one client"
+    if not facts.plain_precision:
+        return f"precision {facts.precision.precision!r} is for one client at a time"
+    if accumulate != 1:
+        return "gradients accumulate over batches"
+    if settings.client_state == "keep":
+        return "client_state='keep' carries optimizers over"
+    if settings.local_names:
+        return f"{settings.local_names[0]!r} stays with its client"
+    if facts.device.type != "cpu":
+        return "groups are measured on CPUs only"
+    return _strange(callbacks)
+
+
+_HOOKS = frozenset(
+    f"on_{what}_{when}" for what in ("fit", "train", "train_epoch", "train_batch") for when in ("start", "end")
+) | {"setup", "teardown"}
+
+
+def _strange(callbacks: Iterable[Callback]) -> str | None:
+    for callback in callbacks:
+        if isinstance(callback, GradientCorrection):
+            own = {name for name in _HOOKS if getattr(type(callback), name) is not getattr(GradientCorrection, name)}
+            if not own and type(callback).on_before_optimizer_step is GradientCorrection.on_before_optimizer_step:
+                continue
+        elif type(callback) is StepCounter:
+            continue
+        return f"the callback {type(callback).__name__} sees one client"
+    return None
+
+
+def group_size(module: pl.LightningModule, settings: LocalSettings) -> int:
+    """Return how many clients train at once: a pure function of the module and the configuration.
+
+    ``"auto"`` groups only where a group gives what its clients give alone, to rounding: batched kernels add in another
+    order, so an update differs by at most ``1e-5`` of its norm after an epoch of the tests. Dropout draws other masks in
+    a group, which is the same only in distribution: it trains one by one unless ``group_size`` is given.
+
+    Args:
+        module: the clients' module.
+        settings: ``group_size`` and ``local_loop``.
+
+    Example:
+        >>> group_size(pl.LightningModule(), LocalSettings(group_size=7))
+        7
+    """
+    if settings.group_size != "auto":
+        return settings.group_size
+    parts = list(module.modules())
+    if any(isinstance(part, (*_CONVOLUTIONS, _DropoutNd)) or _attends(part) for part in parts):
+        return 1
+    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return 256 if parameters <= _SMALL else 8 if parameters <= _MEDIUM else 1
+
+
+def _attends(part: nn.Module) -> bool:
+    return isinstance(part, nn.MultiheadAttention)
+
+
+def chunks(kinds: Sequence[object]) -> list[list[int]]:
+    """Return positions of equal kinds together, in the order in which the kinds come first.
+
+    Example:
+        >>> chunks(["a", "b", "a"])
+        [[0, 2], [1]]
+    """
+    found: dict[object, list[int]] = {}
+    for position, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(position)
+    return list(found.values())
