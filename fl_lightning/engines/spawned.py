@@ -101,7 +101,7 @@ class SpawnedEngine(Engine):
             ours.send_bytes(self._recipe)
             ours.send_bytes(message)
             return ours.recv_bytes()
-        except EOFError:
+        except (EOFError, ConnectionError):  # it ended before it answered, or before it listened
             process.join()
             reason = f"its process ended with exit code {process.exitcode}"
             return pack(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,12 @@ class EvaluatesMetrics(Metrics):
 
 class Misconfigured(RaisesOnTheOtherRank):
     error = MisconfigurationException
+
+
+def leave(pipe: Any) -> None:
+    """Stand for a process that cannot even start."""
+    pipe.close()
+    sys.exit(3)
 
 
 def main(scenarios: str, devices: int, folder: str) -> None:

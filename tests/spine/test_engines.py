@@ -14,7 +14,7 @@ import spine_ddp
 import torch
 from spine_ddp import Crashes, Raises
 from spine_modules import Metrics
-from spine_zoo import ServedSites, assert_same_bits, fit_federated, sites, weights
+from spine_zoo import Classifier, ServedSites, assert_same_bits, fit_federated, sites, weights
 
 from fl_lightning.algorithms import FedAvg
 from fl_lightning.engines import SpawnedEngine
@@ -142,3 +142,11 @@ def test_a_client_that_raises_on_one_rank_ends_both(scenario: str, expected: str
 def test_a_spawned_client_that_raises_is_named() -> None:
     with pytest.raises(ClientError, match="Client 's0' failed in round 0: ZeroDivisionError"):
         fit_federated(Raises(), sites(1), engine=SpawnedEngine(), algorithm=FedAvg(), local_loop="lightning")
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_before_it_listens_is_a_failed_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the client's environment lacks a package: the pipe breaks under the message."""
+    monkeypatch.setattr("fl_lightning.engines.spawned._serve", spine_ddp.leave)
+    with pytest.raises(ClientError, match="Client 's0' failed in round 0: its process ended with exit code 3"):
+        fit_federated(Classifier(), sites(1), engine=SpawnedEngine(), local_loop="lightning")
