@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fl_lightning.algorithms.robust.cohort import Cohort
 from fl_lightning.metrics import MetricSums
 from fl_lightning.tree import add_, from_vector, to_vector
-from fl_lightning.types import Contribution
+from fl_lightning.types import ClientId, Contribution, Tree
 
-__all__ = ["PartialSum", "TreeSum", "gather_objects", "reduce_over_processes"]
+__all__ = ["PartialSum", "TreeSum", "gather_cohort", "gather_objects", "reduce_over_processes"]
 
 _CHUNK = 2**22
 """Elements of one all-gather: bounds the memory of a reduction to a few chunks a process."""
@@ -145,3 +146,61 @@ def _add_in_order(chunks: list[Tensor], counts: list[int]) -> Tensor:
     for chunk, count in zip(chunks, counts, strict=True):
         merged.push(PartialSum({"": {"": chunk}} if count else {}, {}, MetricSums(), count))
     return merged.total().trees[""][""]
+
+
+def gather_cohort(
+    own: Mapping[ClientId, Contribution], client_ids: Sequence[ClientId], root: Tree | None, device: torch.device
+) -> Cohort:
+    """Return the contributions of every process, for rules that need each one.
+
+    Only scalars and shapes travel at once; tensors follow a block at a time, when a rule asks for them.
+
+    Args:
+        own: contributions of the clients that trained in this process.
+        client_ids: everyone who delivered, in the order that the rules see.
+        root: the update of the server's own training, the same in every process.
+        device: of this process.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return Cohort(client_ids, [own[client_id] for client_id in client_ids], root)
+    return _GatheredCohort(own, client_ids, root, device)
+
+
+class _GatheredCohort(Cohort):
+    """A cohort whose contributions stay where their clients trained."""
+
+    def __init__(
+        self,
+        own: Mapping[ClientId, Contribution],
+        client_ids: Sequence[ClientId],
+        root: Tree | None,
+        device: torch.device,
+    ) -> None:
+        self._own = [own[client_id] for client_id in client_ids if client_id in own]
+        shapes = {
+            tree: {name: (t.shape, t.dtype) for name, t in tensors.items()}
+            for tree, tensors in (self._own[0].trees.items() if self._own else ())
+        }
+        mine = [client_id for client_id in client_ids if client_id in own]
+        everyone = gather_objects((mine, [contribution.scalars for contribution in self._own], shapes))
+        found = next(trees for ids, _, trees in everyone if ids)
+        template: dict[str, Tree] = {
+            tree: {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in names.items()}
+            for tree, names in found.items()
+        }
+        scalars = {c: values for ids, each, _ in everyone for c, values in zip(ids, each, strict=True)}
+        super().__init__(client_ids, [Contribution(template, scalars[client_id]) for client_id in client_ids], root)
+        self._most = max(len(ids) for ids, _, _ in everyone)
+        places = {c: rank * self._most + row for rank, (ids, _, _) in enumerate(everyone) for row, c in enumerate(ids)}
+        self._order = torch.tensor([places[client_id] for client_id in client_ids], device=device)
+        self._device = device
+
+    def _rows(self, tree: str, name: str, begin: int, end: int) -> Tensor:
+        dtype = self.template(tree)[name].dtype
+        # processes may have trained unequal numbers of clients, and an all-gather wants equal shapes
+        mine = torch.zeros(self._most, end - begin, dtype=dtype, device=self._device)
+        for row, contribution in enumerate(self._own):
+            mine[row] = contribution.trees[tree][name].reshape(-1)[begin:end]
+        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, mine)
+        return torch.cat(gathered).index_select(0, self._order)

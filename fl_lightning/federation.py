@@ -13,12 +13,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from fl_lightning.aggregation import PartialSum, TreeSum, gather_objects, reduce_over_processes
+from fl_lightning.aggregation import PartialSum, TreeSum, gather_cohort, gather_objects, reduce_over_processes
 from fl_lightning.algorithms.base import Algorithm, State
 from fl_lightning.data import ClientPopulation
 from fl_lightning.engines import Engine
 from fl_lightning.errors import BadUpdateError, ClientError, EmptyClientError, MisconfigurationException
-from fl_lightning.local.client import ClientResult, Failure
+from fl_lightning.local.client import ClientResult, Failure, reseed
+from fl_lightning.local.job import ClientData, Job
 from fl_lightning.local.recorder import Record
 from fl_lightning.local.settings import LocalSettings
 from fl_lightning.schedules import Sampler, assign_lanes, cohort_size, lanes_of_rank, require_enough
@@ -27,7 +28,7 @@ from fl_lightning.seeding import seed_everywhere, seed_for
 from fl_lightning.store import ClientStore
 from fl_lightning.traveling import BatchNormPolicy, Traveling
 from fl_lightning.tree import num_bytes
-from fl_lightning.types import ClientId, ClientTask, RoundReport, Tree, Work
+from fl_lightning.types import ClientId, ClientTask, Contribution, RoundReport, Tree, Work
 
 __all__ = ["Federation", "FederationSettings", "RoundOutcome", "rehearsal"]
 
@@ -139,7 +140,7 @@ class Federation:
         require_enough(available, self.settings.min_clients, round)
         size = cohort_size(self.settings.clients_per_round, available)
         if at_most is not None:
-            size = min(size, at_most)
+            size = min(size, max(at_most, self.algorithm.fewest_clients))
         cohort = self.sampler.cohort(self.population, size, self.settings.seed, round)
         if len(set(cohort)) != len(cohort):
             twice = next(client_id for client_id in cohort if cohort.count(client_id) > 1)
@@ -147,6 +148,7 @@ class Federation:
                 f"{type(self.sampler).__name__} chose client {twice!r} twice in round {round}; a cohort has no doubles."
             )
         require_enough(len(cohort), self.settings.min_clients, round)
+        self.algorithm.check_cohort(len(cohort))  # before anyone trains in vain
         return sorted(cohort, key=sort_key)
 
     def run_round(self, round: int, at_most: int | None = None) -> RoundOutcome:
@@ -154,7 +156,7 @@ class Federation:
         begin = time.perf_counter()
         cohort = self.cohort(round, at_most)
         tasks = self._tasks(round, cohort)
-        partial, results = self._run_lanes(tasks)
+        partial, single, results = self._run_lanes(tasks)
         results = self._gather(results, cohort, round)
         total = reduce_over_processes(partial, self.device)
         delivered = [result for result in results if result.failure is None]
@@ -165,7 +167,10 @@ class Federation:
         report.num_bytes_up = sum(result.num_bytes_up for result in delivered)
         report.num_bytes_down = num_bytes(tasks[0].broadcast.values()) * len(cohort)
         require_enough(len(delivered), self.settings.min_clients, round)
-        gradient, state, buffers = self._finish(total)
+        if self.algorithm.linear:
+            gradient, state, buffers = self._finish(total)
+        else:
+            gradient, state, buffers = self._combine(single, report.cohort, tasks[0])
         report.metrics = scalars(total.metrics.compute(self.module))
         report.seconds = time.perf_counter() - begin
         return RoundOutcome(report, gradient, state, buffers, results)
@@ -202,10 +207,13 @@ class Federation:
             step_offset=self.client_steps.get(client_id, 0),
         )
 
-    def _run_lanes(self, tasks: Sequence[ClientTask]) -> tuple[PartialSum, list[ClientResult]]:
+    def _run_lanes(
+        self, tasks: Sequence[ClientTask]
+    ) -> tuple[PartialSum, dict[ClientId, Contribution], list[ClientResult]]:
         sizes = [self.estimated_work(task) for task in tasks]
         lanes = assign_lanes([task.client_id for task in tasks], sizes, self.settings.num_lanes)
         merged = TreeSum()
+        single: dict[ClientId, Contribution] = {}
         results: list[ClientResult] = []
         mine = sum(len(lanes[lane]) for lane in self.lanes)
         for lane in self.lanes:
@@ -214,13 +222,17 @@ class Federation:
                 for result in self.engine.session([tasks[position] for position in lanes[lane]]):
                     results.append(result)
                     if result.failure is None and result.contribution is not None:
-                        partial.add(result.contribution, result.metrics)
+                        if self.algorithm.linear:
+                            partial.add(result.contribution, result.metrics)
+                        else:
+                            single[result.client_id] = result.contribution
+                            partial.add(Contribution(), result.metrics)
                     result.contribution = result.metrics = None  # only the sum stays
                     self.on_client_end(result.client_id, len(results), mine, result.num_examples)
                     if self._stop(results):
                         break
             merged.push(partial)
-        return merged.total(), results
+        return merged.total(), single, results
 
     def _stop(self, results: Sequence[ClientResult]) -> bool:
         if self.interrupted():
@@ -255,13 +267,42 @@ class Federation:
         summed = total.trees.pop("buffers", {})
         weight = total.scalars.pop("buffers", 0.0)
         if summed and weight > 0:
-            now = self.buffers()
-            for name, value in summed.items():
-                mean = value / weight
-                buffers[name] = mean if now[name].is_floating_point() else mean.round().to(now[name].dtype)
+            buffers = self._as_buffers({name: value / weight for name, value in summed.items()})
         num_clients = len(self.population.client_ids())
         gradient, state = self.algorithm.apply(total.as_contribution(), self.state, num_clients)
         return gradient, state, buffers
+
+    def _combine(
+        self, single: Mapping[ClientId, Contribution], delivered: Sequence[ClientId], like: ClientTask
+    ) -> tuple[Tree, State, dict[str, Tensor]]:
+        """Do what :meth:`_finish` does for an algorithm that needs every contribution."""
+        self.algorithm.check_cohort(len(delivered))
+        cohort = gather_cohort(single, delivered, self._train_on_server(like), self.device)
+        gradient, state = self.algorithm.combine(cohort, self.state, len(self.population.client_ids()))
+        return gradient, state, self._as_buffers(cohort.median_of_buffers())
+
+    def _train_on_server(self, like: ClientTask) -> Tree | None:
+        """Train on the server's own data as a client of this round would; every process does, to the same bits."""
+        data = self.algorithm.root_data()
+        if data is None:
+            return None
+        seed = seed_for(self.settings.seed, like.round, None, "server training")
+        steps = self.settings.local_steps
+        work = Work(None if steps is not None else self.settings.local_epochs, steps, like.work.lr_factor)
+        task = ClientTask("server", like.round, -1, like.broadcast, seed, work)
+        reseed(data, seed)
+        outcome = next(iter(self.engine.client_half.loop.run([Job(task, lambda: ClientData(data), dict)])))
+        if outcome.error is not None:
+            raise outcome.error
+        assert outcome.update is not None
+        return outcome.update.delta
+
+    def _as_buffers(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        now = self.buffers()
+        return {
+            name: value.to(now[name].dtype) if now[name].is_floating_point() else value.round().to(now[name].dtype)
+            for name, value in values.items()
+        }
 
     # ---- after a round -----------------------------------------------------------------------------------------
 

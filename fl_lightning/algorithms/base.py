@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import Callback
@@ -14,6 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fl_lightning.tree import scaled
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, Phase, Tree
+
+if TYPE_CHECKING:
+    from fl_lightning.algorithms.robust.cohort import Cohort
 
 __all__ = ["Algorithm", "OptimizerCallable", "SchedulerCallable", "State", "Weights", "assignment"]
 
@@ -44,6 +47,11 @@ class Algorithm:
 
     linear: bool = True
     """Whether the server needs only the sum of the contributions (robust rules need every one)."""
+
+    @property
+    def fewest_clients(self) -> int:
+        """Size of the smallest cohort that the algorithm is defined for."""
+        return 1
 
     def __init__(
         self,
@@ -117,3 +125,26 @@ class Algorithm:
                 "this cohort reports no examples: give the population client_size(id), or use weights='uniform'."
             )
         return scaled(total.trees["delta"], -1.0 / weight), state
+
+    def check_cohort(self, num_clients: int) -> None:
+        """Raise when the algorithm is not defined for a cohort of this size; asked before and after it trains."""
+
+    def root_data(self) -> Any:
+        """Return a loader on which the server itself trains in each round, or ``None``; see ``Cohort.root``."""
+        return None
+
+    def combine(self, cohort: Cohort, state: State, num_clients: int) -> tuple[Tree, State]:
+        """Turn every single contribution into the server optimizer's gradient; asked instead of :meth:`apply` when
+        ``linear`` is false.
+
+        Args:
+            cohort: the contributions, in an order that depends on the clients' ids only.
+            state: the server's state.
+            num_clients: size of the population.
+
+        Returns:
+            The pseudo-gradient and the next state.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} is not linear and must define combine(cohort, state, num_clients)."
+        )
