@@ -11,6 +11,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from benchmarks.papers.rows import Row
 from benchmarks.papers.training import WithoutTrainingMetrics, draw, federate
@@ -23,7 +24,7 @@ __all__ = ["add_arguments", "hospitals", "run"]
 
 _TOLERANCE = 0.03
 # FLamby's servers: second moments start at zero, no bias correction
-_ADAPTIVE = {"beta1": 0.9, "tau": 1e-8, "initial_v": 0.0}
+_ADAPTIVE: dict[str, Any] = {"beta1": 0.9, "tau": 1e-8, "initial_v": 0.0}
 
 SETTINGS: dict[str, tuple[Callable[[], Algorithm], float, float]] = {
     "FedAvg": (FedAvg, 0.001, 0.6850),
@@ -43,7 +44,7 @@ class Module(WithoutTrainingMetrics, LogisticRegression):
 class Data(HeartDiseaseDataModule):
     """The curve is the test accuracy after each round, as nothing is chosen by it."""
 
-    def val_dataloader(self) -> object:
+    def val_dataloader(self) -> Any:
         return self.test_dataloader()
 
 

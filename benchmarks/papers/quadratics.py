@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.papers.rows import Row
-from fl_lightning import FederatedTrainer
+from benchmarks.papers.training import draw, federate
 from fl_lightning.algorithms import AFL, Algorithm, Ditto, FedAvg, FedDyn, FedNova, FedProx, QFedAvg, Scaffold
+from fl_lightning.types import ClientUpdate
 
-__all__ = ["Quadratic", "clients", "run", "scaffold_by_hand", "trajectory"]
+__all__ = ["Laboratory", "Quadratic", "clients", "compared", "run", "scaffold_by_hand"]
 
 WEIGHTS, OPTIMA, STEPS = (0.5, 0.3, 0.2), (0.0, 1.0, 10.0), (1, 5, 20)
 TOLERANCE = 1e-8
@@ -57,8 +59,9 @@ class Recorder(pl.Callback):
         self.values: list[float] = []
         self.personal: dict[Any, float] = {}
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.values.append(pl_module.x.item())
+        pl_module.log("x", self.values[-1])
         store = trainer.federated_fit.federation.store
         for client_id in trainer.round_history[-1].cohort if trainer.round_history else []:
             memory = store.get(client_id) or {}
@@ -74,18 +77,32 @@ def clients(examples: Sequence[Example], steps: Sequence[int]) -> dict[str, Data
     }
 
 
-def trajectory(
-    algorithm: Algorithm, data: Mapping[str, Any], rounds: int, module: Quadratic, loop: str = "auto"
-) -> Recorder:
-    """Train through ``FederatedTrainer`` and return what was seen after each round."""
-    recorder = Recorder()
-    trainer = FederatedTrainer(
-        algorithm=algorithm, max_rounds=rounds, callbacks=[recorder], accelerator="cpu", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_clients=False,
-        local_loop=loop,  # type: ignore[arg-type]
-    )  # fmt: skip
-    trainer.fit(module, data)
-    return recorder
+class Laboratory:
+    """Runs algorithms on quadratics and keeps what they do.
+
+    Args:
+        folder: where their curves go.
+        loop: ``local_loop``.
+    """
+
+    def __init__(self, folder: Path, loop: Literal["auto", "lightning", "lean"] = "auto") -> None:
+        self.folder, self.loop = folder, loop
+        self.curves: dict[str, list[float]] = {}
+
+    def run(self, what: str, algorithm: Algorithm, data: Mapping[str, Any], rounds: int, module: Quadratic) -> Recorder:
+        """Train through ``FederatedTrainer`` and return what was seen after each round."""
+        recorder = Recorder()
+        federate(
+            module, data, algorithm, self.folder, what, 0, max_rounds=rounds, callbacks=[recorder], local_loop=self.loop
+        )
+        self.curves[what] = recorder.values
+        return recorder
+
+    def row(
+        self, what: str, algorithm: Algorithm, data: Mapping[str, Any], rounds: int, module: Quadratic, closed: float
+    ) -> Row:
+        """Compare where an algorithm ends with a closed form."""
+        return compared(what, self.run(what, algorithm, data, rounds, module).values[-1], closed)
 
 
 def scaffold_by_hand(option: str, rounds: int, x: float = 1.0, lr: float = 0.05, steps: int = 10) -> list[float]:
@@ -109,16 +126,23 @@ def scaffold_by_hand(option: str, rounds: int, x: float = 1.0, lr: float = 0.05,
 
 
 def run(options: argparse.Namespace) -> list[Row]:
-    loop = options.local_loop
-    return [*_inconsistency(loop), *_drift(loop), *_others(loop), *_neutral(loop)]
+    laboratory = Laboratory(options.output / "quadratics", options.local_loop)
+    rows = [row for part in (_inconsistency, _drift, _others, _neutral) for row in part(laboratory)]
+    for name, labels in {
+        "inconsistency": ("FedAvg, unequal steps", "FedNova, unequal steps"),
+        "drift": ("FedAvg on SCAFFOLD's pair", "SCAFFOLD option I", "SCAFFOLD option II"),
+    }.items():
+        curves = {label: laboratory.curves[label] for label in labels}
+        draw(laboratory.folder / f"{name}.png", curves, "x", f"quadratics: {name}")
+    return rows
 
 
-def shares(update: Any) -> float:
+def shares(update: ClientUpdate) -> float:
     """Weigh the three clients by p, whatever the size of their data."""
-    return dict(zip("abc", WEIGHTS, strict=True))[update.client_id]
+    return dict(zip("abc", WEIGHTS, strict=True))[str(update.client_id)]
 
 
-def _inconsistency(loop: str) -> list[Row]:
+def _inconsistency(laboratory: Laboratory) -> list[Row]:
     data = clients([(1.0, e) for e in OPTIMA], STEPS)
     moved = [1 - (1 - 0.01) ** steps for steps in STEPS]  # how far local training goes towards e_k
     avg = _mean([p * c for p, c in zip(WEIGHTS, moved, strict=True)])
@@ -127,63 +151,49 @@ def _inconsistency(loop: str) -> list[Row]:
     prox = _mean([p * h / (h + mu) for p, h in zip(WEIGHTS, curvatures, strict=True)])
     # 300 steps are an exact local solve
     solved = clients([(h, h * e) for h, e in zip(curvatures, OPTIMA, strict=True)], (300, 300, 300))
+    proximal = FedProx(mu, weights=shares)
     return [
-        _row("FedAvg, unequal steps", trajectory(FedAvg(weights=shares), data, 400, Quadratic(), loop), avg),
-        _row("FedNova, unequal steps", trajectory(FedNova(weights=shares), data, 400, Quadratic(), loop), nova),
-        _row(
-            "FedProx mu=.5, exact local solves",
-            trajectory(FedProx(mu, weights=shares), solved, 40, Quadratic(lr=0.2), loop),
-            prox,
-        ),
+        laboratory.row("FedAvg, unequal steps", FedAvg(weights=shares), data, 400, Quadratic(), avg),
+        laboratory.row("FedNova, unequal steps", FedNova(weights=shares), data, 400, Quadratic(), nova),
+        laboratory.row("FedProx mu=.5, exact local solves", proximal, solved, 40, Quadratic(lr=0.2), prox),
     ]
 
 
-def _drift(loop: str) -> list[Row]:
+def _drift(laboratory: Laboratory) -> list[Row]:
     data = clients([(1.0, -10.0), (0.0, 10.0)], (10, 10))
     kept = (1 - 0.05) ** 10
     # one client goes from x to kept x - 10 (1 - kept), the other to x + 5
     stuck = (5 - 10 * (1 - kept)) / (1 - kept)
-    rows = [_row("FedAvg on SCAFFOLD's pair", _pair(FedAvg(weights="uniform"), data, 200, loop), stuck)]
-    for option in ("I", "II"):
-        recorder, expected = _pair(Scaffold(option), data, 200, loop), scaffold_by_hand(option, 200)  # type: ignore[arg-type]
-        rows += [
-            _compared(f"SCAFFOLD option {option}, x{n}", recorder.values[n - 1], expected[n - 1]) for n in (1, 2, 5)
-        ]
-        rows.append(_row(f"SCAFFOLD option {option}, the end", recorder, 0.0))
+    average = FedAvg(weights="uniform")
+    rows = [laboratory.row("FedAvg on SCAFFOLD's pair", average, data, 200, Quadratic(1.0, 0.05), stuck)]
+    options: tuple[Literal["I", "II"], ...] = ("I", "II")
+    for option in options:
+        what = f"SCAFFOLD option {option}"
+        values = laboratory.run(what, Scaffold(option), data, 200, Quadratic(1.0, 0.05)).values
+        expected = scaffold_by_hand(option, 200)
+        rows += [compared(f"{what}, x{n}", values[n - 1], expected[n - 1]) for n in (1, 2, 5)]
+        rows.append(compared(f"{what}, the end", values[-1], 0.0))
     return rows
 
 
-def _pair(algorithm: Algorithm, data: Mapping[str, Any], rounds: int, loop: str) -> Recorder:
-    return trajectory(algorithm, data, rounds, Quadratic(1.0, 0.05), loop)
-
-
-def _others(loop: str) -> list[Row]:
+def _others(laboratory: Laboratory) -> list[Row]:
     examples = [(1.0, e) for e in OPTIMA]
-    rows = [
-        _row(
-            f"FedDyn, uniform weights, steps {steps}",
-            trajectory(FedDyn(alpha), clients(examples, steps), 60, Quadratic(lr=lr), loop),
-            11 / 3,
-        )
-        for steps, alpha, lr in ((STEPS, 1.0, 0.4), ((4, 4, 4), 0.5, 0.3))
-    ]
-    rows += [
-        _row(
-            f"AFL, steps {steps}",
-            trajectory(AFL(step_size=0.005), clients(examples, steps), 100, Positive(lr=0.8), loop),
-            5.0,
-        )
-        for steps in (STEPS, (1, 1, 1))
-    ]
+    rows = []
+    for steps, alpha, lr in ((STEPS, 1.0, 0.4), ((4, 4, 4), 0.5, 0.3)):
+        what = f"FedDyn, uniform weights, steps {steps}"
+        rows.append(laboratory.row(what, FedDyn(alpha), clients(examples, steps), 60, Quadratic(lr=lr), 11 / 3))
+    for steps in (STEPS, (1, 1, 1)):
+        data = clients(examples, steps)
+        rows.append(laboratory.row(f"AFL, steps {steps}", AFL(step_size=0.005), data, 100, Positive(lr=0.8), 5.0))
     return rows
 
 
-def _neutral(loop: str) -> list[Row]:
+def _neutral(laboratory: Laboratory) -> list[Row]:
     """The same bits, so the difference must be zero and not small."""
     data = clients([(1.0, e) for e in OPTIMA], STEPS)
-    avg = trajectory(FedAvg(), data, 20, Positive(2.0, 0.1), loop).values
-    fair = trajectory(QFedAvg(q=0.0), data, 20, Positive(2.0, 0.1), loop).values
-    ditto = trajectory(Ditto(lam=0.0), data, 20, Quadratic(2.0, 0.1), loop).personal
+    avg = laboratory.run("FedAvg", FedAvg(), data, 20, Positive(2.0, 0.1)).values
+    fair = laboratory.run("q-FFL at q=0", QFedAvg(q=0.0), data, 20, Positive(2.0, 0.1)).values
+    ditto = laboratory.run("Ditto at lambda=0", Ditto(lam=0.0), data, 20, Quadratic(2.0, 0.1)).personal
     local = _local_training(OPTIMA[1], 20 * STEPS[1])
     return [
         _exact("q-FFL at q=0 is FedAvg, 20 rounds", max(abs(a - b) for a, b in zip(avg, fair, strict=True))),
@@ -197,7 +207,7 @@ def _local_training(optimum: float, steps: int) -> float:
     optimizer = torch.optim.SGD([x], 0.1)
     for _ in range(steps):
         optimizer.zero_grad()
-        (1.0 / 2 * x**2 - optimum * x).mean().backward()
+        (1.0 / 2 * x**2 - optimum * x).mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return x.item()
 
@@ -206,11 +216,8 @@ def _mean(pulls: Sequence[float]) -> float:
     return sum(w * e for w, e in zip(pulls, OPTIMA, strict=True)) / sum(pulls)
 
 
-def _row(what: str, recorder: Recorder, closed: float) -> Row:
-    return _compared(f"{what}", recorder.values[-1], closed)
-
-
-def _compared(what: str, ours: float, closed: float) -> Row:
+def compared(what: str, ours: float, closed: float) -> Row:
+    """Return a row that is met when both agree to 1e-8."""
     return Row(what, f"{ours:.10f}", f"{closed:.10f}", "± 1e-8", abs(ours - closed) <= TOLERANCE)
 
 
