@@ -18,6 +18,7 @@ from fl_lightning.algorithms import (
 )
 from fl_lightning.data import IID, Dirichlet, FederatedDataModule, Natural, Quantity, Shards
 from fl_lightning.trainer import FederatedTrainer
+from fl_lightning.transforms import ErrorFeedback, Quantize, RandomK, TopK, chain
 from fl_lightning.types import ClientTask, ClientUpdate, RoundReport
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "ClientUpdate",
     "Dirichlet",
     "Ditto",
+    "ErrorFeedback",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
@@ -44,7 +46,11 @@ __all__ = [
     "Natural",
     "QFedAvg",
     "Quantity",
+    "Quantize",
+    "RandomK",
     "RoundReport",
     "Scaffold",
     "Shards",
+    "TopK",
+    "chain",
 ]

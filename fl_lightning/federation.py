@@ -26,8 +26,8 @@ from fl_lightning.schedules import Sampler, assign_lanes, cohort_size, lanes_of_
 from fl_lightning.schedules.lanes import sort_key
 from fl_lightning.seeding import seed_everywhere, seed_for
 from fl_lightning.store import ClientStore
+from fl_lightning.transforms import TRANSFORMS, Codec, PayloadError, ServerCodec, Transform
 from fl_lightning.traveling import BatchNormPolicy, Traveling
-from fl_lightning.tree import num_bytes
 from fl_lightning.types import ClientId, ClientTask, Contribution, RoundReport, Tree, Work
 
 __all__ = ["Federation", "FederationSettings", "RoundOutcome", "rehearsal"]
@@ -46,6 +46,7 @@ class FederationSettings:
     client_overrides: Mapping[ClientId, Mapping[str, Any]] = field(default_factory=dict)
     client_lr_schedule: Callable[[int], float] | None = None
     batch_norm: BatchNormPolicy = "average"
+    transforms: Sequence[Transform] = ()
     evaluate_clients: bool | int | float = False
     evaluate_every_n_rounds: int = 1
     num_lanes: int = 8
@@ -105,7 +106,9 @@ class Federation:
         self.device = device
         self.lanes = lanes_of_rank(rank, world_size, settings.num_lanes)
         self.traveling = Traveling.of(module, self.algorithm, settings.batch_norm)
-        self.state: State = self.algorithm.init_state(self.model())
+        seed = seed_for(settings.seed, -1, None, TRANSFORMS)
+        self.wire = ServerCodec(Codec(settings.transforms, seed, self.model(), self.buffers()), device)
+        self.state: State = self.wire.start(self.algorithm.init_state(self.model()), self.algorithm.linear)
         self.store: ClientStore | None = None
         self.num_dispatched = 0
         self.client_steps: dict[ClientId, int] = {}
@@ -130,6 +133,7 @@ class Federation:
         template.local_names = self.traveling.local
         template.static = self.traveling.static(self.module)
         template.device = self.device
+        template.codec = self.wire.codec
         return template
 
     # ---- a round -----------------------------------------------------------------------------------------------
@@ -165,7 +169,7 @@ class Federation:
         report.num_examples = sum(result.num_examples for result in delivered)
         report.num_steps = sum(result.num_steps for result in delivered)
         report.num_bytes_up = sum(result.num_bytes_up for result in delivered)
-        report.num_bytes_down = num_bytes(tasks[0].broadcast.values()) * len(cohort)
+        report.num_bytes_down = self.wire.num_bytes_down
         require_enough(len(delivered), self.settings.min_clients, round)
         if self.algorithm.linear:
             gradient, state, buffers = self._finish(total)
@@ -173,11 +177,12 @@ class Federation:
             gradient, state, buffers = self._combine(single, report.cohort, tasks[0])
         report.metrics = scalars(total.metrics.compute(self.module))
         report.seconds = time.perf_counter() - begin
-        return RoundOutcome(report, gradient, state, buffers, results)
+        return RoundOutcome(report, gradient, self.wire.with_state(state), buffers, results)
 
     def _tasks(self, round: int, cohort: Sequence[ClientId]) -> list[ClientTask]:
         broadcast: dict[str, Tree] = {"model": self.model(), "buffers": self.buffers()}
         broadcast.update(self.algorithm.broadcast(self.state))
+        broadcast = self.wire.send(broadcast, cohort, round, self.state)
         schedule = self.settings.client_lr_schedule
         factor = 1.0 if schedule is None else float(schedule(round))
         first = self.num_dispatched
@@ -221,6 +226,7 @@ class Federation:
             if not self._stop(results):
                 for result in self.engine.session([tasks[position] for position in lanes[lane]]):
                     results.append(result)
+                    self._open(result, tasks)
                     if result.failure is None and result.contribution is not None:
                         if self.algorithm.linear:
                             partial.add(result.contribution, result.metrics)
@@ -233,6 +239,16 @@ class Federation:
                         break
             merged.push(partial)
         return merged.total(), single, results
+
+    def _open(self, result: ClientResult, tasks: Sequence[ClientTask]) -> None:
+        """Decode a payload; one that cannot be is a bad update of its client, whose memory stays as it was."""
+        if result.payload is not None:
+            try:
+                task = tasks[result.dispatch_id - tasks[0].dispatch_id]
+                result.contribution = self.wire.open(result.payload, task)
+            except PayloadError as error:
+                result.failure, result.has_memory = Failure(str(error), bad_update=True), False
+            result.payload = None
 
     def _stop(self, results: Sequence[ClientResult]) -> bool:
         if self.interrupted():
@@ -264,6 +280,7 @@ class Federation:
 
     def _finish(self, total: PartialSum) -> tuple[Tree, State, dict[str, Tensor]]:
         buffers: dict[str, Tensor] = {}
+        total.trees, total.scalars = self.wire.finish(total.as_contribution())
         summed = total.trees.pop("buffers", {})
         weight = total.scalars.pop("buffers", 0.0)
         if summed and weight > 0:

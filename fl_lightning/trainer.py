@@ -32,6 +32,7 @@ from fl_lightning.reporting.client_curves import is_logger
 from fl_lightning.reporting.csv_history import continue_csv
 from fl_lightning.schedules import Sampler, UniformSampler
 from fl_lightning.server import RoundLoader, as_lightning, evaluate_whole, federated
+from fl_lightning.transforms import Transform, all_transforms
 from fl_lightning.types import RoundReport
 from fl_lightning.validation import check_arguments
 
@@ -59,7 +60,7 @@ class FederatedTrainer(pl.Trainer):
         client_lr_schedule: round to a factor on the clients' learning rates.
         batch_norm: running statistics are ``"average"``-d, ``"local"`` to each client together with scale and shift
             (FedBN), or ``"recalibrate"``-d on the cohort's data after each round.
-        transforms: what updates pass through between client and server, in order.
+        transforms: what updates pass through between client and server, in order (``fl_lightning.transforms``).
         min_clients: fewest clients that must exist, take part and deliver.
         on_bad_update: ``"raise"`` stops at a client that fails or sends NaN; ``"skip"`` goes on and reports it.
         client_overrides: by client id, any of ``epochs``, ``steps``, ``lr`` and ``batch_size``.
@@ -108,7 +109,7 @@ class FederatedTrainer(pl.Trainer):
         client_callbacks: Callback | list[Callback] | None = None,
         client_lr_schedule: Callable[[int], float] | None = None,
         batch_norm: Literal["average", "local", "recalibrate"] = "average",
-        transforms: list[Any] | None = None,
+        transforms: Transform | list[Transform] | None = None,
         min_clients: int = 1,
         on_bad_update: Literal["raise", "skip"] = "raise",
         client_overrides: dict[Any, dict[str, Any]] | None = None,
@@ -133,6 +134,7 @@ class FederatedTrainer(pl.Trainer):
             client_overrides=dict(client_overrides or {}),
             client_lr_schedule=client_lr_schedule,
             batch_norm=batch_norm,
+            transforms=all_transforms(transforms, client_callbacks),
             evaluate_clients=evaluate_clients,
             evaluate_every_n_rounds=evaluate_every_n_rounds,
             num_lanes=num_lanes,

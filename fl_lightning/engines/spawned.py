@@ -116,7 +116,10 @@ class SpawnedEngine(Engine):
         if answer["failure"] is not None:
             result.failure = _failure(answer["failure"], task)
             return result
-        result.contribution = Contribution(answer["trees"], answer["scalars"])
+        if answer["payload"] is not None:
+            result.payload = answer["payload"].numpy().tobytes()
+        else:
+            result.contribution = Contribution(answer["trees"], answer["scalars"])
         result.metrics = None if answer["metrics"] is None else MetricSums.from_tree(answer["metrics"])
         result.records = [(method, tuple(args), named) for method, args, named in answer["records"]]
         for name in ("num_examples", "num_steps", "num_bytes_up", "update_norm"):
@@ -203,12 +206,14 @@ def _answer(half: ClientHalf, task: ClientTask, what: str) -> dict[str, Any]:
         return {"failure": _portable(Failure(str(error), exception=error))}
     if result.failure is not None:
         return {"failure": _portable(result.failure)}
-    assert result.contribution is not None
+    own = result.contribution if result.contribution is not None else Contribution()
+    payload = None if result.payload is None else torch.frombuffer(bytearray(result.payload), dtype=torch.uint8)
     half.store.commit([task.client_id], task.round)
     return {
         "failure": None,
-        "trees": result.contribution.trees,
-        "scalars": result.contribution.scalars,
+        "payload": payload,
+        "trees": own.trees,
+        "scalars": own.scalars,
         "metrics": None if result.metrics is None else result.metrics.to_tree(),
         "records": [[method, list(args), named] for method, args, named in result.records if method == "add_scalar"],
         "num_examples": result.num_examples,

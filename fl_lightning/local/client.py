@@ -15,7 +15,7 @@ import torch
 
 from fl_lightning.algorithms.base import Algorithm
 from fl_lightning.data import ClientPopulation
-from fl_lightning.errors import ClientError, MisconfigurationException
+from fl_lightning.errors import BadUpdateError, ClientError, MisconfigurationException
 from fl_lightning.local.choice import choose_loop
 from fl_lightning.local.job import ClientData, Job, Loop, Outcome
 from fl_lightning.local.recalibration import statistics_contribution
@@ -23,7 +23,8 @@ from fl_lightning.local.recorder import Record
 from fl_lightning.local.settings import LocalSettings
 from fl_lightning.metrics import MetricSums
 from fl_lightning.store import ClientStore
-from fl_lightning.tree import non_finite, num_bytes
+from fl_lightning.transforms import TRANSFORMS
+from fl_lightning.tree import non_finite
 from fl_lightning.types import ClientId, ClientTask, ClientUpdate, Contribution, Memory
 
 __all__ = ["ClientHalf", "ClientResult", "Failure"]
@@ -46,6 +47,7 @@ class ClientResult:
     client_id: ClientId
     dispatch_id: int
     contribution: Contribution | None = None
+    payload: bytes | None = None  # what transforms made of the contribution; the server decodes it before it adds
     num_examples: int = 0
     num_steps: int = 0
     num_bytes_up: int = 0
@@ -149,7 +151,7 @@ class ClientHalf:
             result.failure = Failure(f"its update has NaN or infinite values in {bad!r}", bad_update=True)
             return result
         try:
-            result.contribution, memory = self._contribute(update, task, outcome.job.memory)
+            memory = self._contribute(update, task, outcome.job.memory, result)
         except MisconfigurationException:
             raise  # wrong for every client, not a fault of this one
         except Exception as error:
@@ -159,7 +161,6 @@ class ClientHalf:
             self.store.put(task.client_id, task.round, memory)
             result.has_memory = True
         result.num_examples, result.num_steps = update.num_examples, update.num_steps
-        result.num_bytes_up = num_bytes(result.contribution.trees.values())
         result.update_norm = (
             float(torch.stack([t.float().norm() for t in update.delta.values()]).norm()) if update.delta else 0.0
         )
@@ -167,8 +168,8 @@ class ClientHalf:
         return result
 
     def _contribute(
-        self, update: ClientUpdate, task: ClientTask, memory: Callable[[], Memory]
-    ) -> tuple[Contribution, Memory | None]:
+        self, update: ClientUpdate, task: ClientTask, memory: Callable[[], Memory], result: ClientResult
+    ) -> Memory | None:
         old = memory()
         contribution, own = self.algorithm.contribute(update, task, old)
         if self.settings.buffer_names:
@@ -178,9 +179,27 @@ class ClientHalf:
                 name: (b if b.is_floating_point() else b.double()) * weight for name, b in update.buffers.items()
             }
             contribution.scalars["buffers"] = weight
-        if own is None and not update.memory:
-            return contribution, None
-        return contribution, {**old, **(own or {}), **update.memory}
+        kept = self._send(contribution, task, old.get(TRANSFORMS, {}), result)
+        if own is None and kept is None and not update.memory:
+            return None
+        return {**old, **(own or {}), **update.memory, **({} if kept is None else {TRANSFORMS: kept})}
+
+    def _send(
+        self, contribution: Contribution, task: ClientTask, memory: Memory, result: ClientResult
+    ) -> Memory | None:
+        codec = self.settings.codec
+        if codec.is_identity:
+            result.contribution = contribution
+            result.num_bytes_up = codec.size(contribution, task)
+            return None
+        for key, tree in contribution.trees.items():  # the weight may have made finite numbers infinite
+            bad = non_finite(tree)
+            if bad is not None:
+                reason = f"its contribution has NaN or infinite values in {key}/{bad}"
+                raise BadUpdateError(task.client_id, task.round, reason)
+        result.payload, kept = codec.encode(contribution, task, memory)
+        result.num_bytes_up = len(result.payload)
+        return kept
 
 
 def reseed(loader: Any, seed: int) -> None:
@@ -193,6 +212,6 @@ def reseed(loader: Any, seed: int) -> None:
 
 def _failure(error: Exception) -> Failure:
     if isinstance(error, ClientError):
-        return Failure(error.reason, exception=error)
+        return Failure(error.reason, bad_update=isinstance(error, BadUpdateError), exception=error)
     details = "".join(traceback.format_exception(error))
     return Failure(f"{type(error).__name__}: {error}", details, exception=error)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback
 
+from fl_lightning.transforms import Codec
 from fl_lightning.types import Tree
 
 __all__ = ["LocalSettings"]
@@ -28,6 +29,7 @@ class LocalSettings:
         buffer_names: buffers that travel.
         local_names: parameters and buffers that stay with their client.
         static: values that neither travel nor change: frozen parameters and the server's other buffers.
+        codec: turns contributions into bytes; the default leaves them as they are.
         device: where this process trains.
         save_dir: the federation's log folder.
         has_loggers: whether the federation logs at all; clients find ``self.logger`` exactly then.
@@ -42,6 +44,7 @@ class LocalSettings:
     buffer_names: Sequence[str] = ()
     local_names: Sequence[str] = ()
     static: Tree = field(default_factory=dict)
+    codec: Codec = field(default_factory=lambda: Codec([], 0, {}))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     save_dir: str | None = None
     has_loggers: bool = False

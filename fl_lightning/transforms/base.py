@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -13,7 +13,17 @@ from fl_lightning.seeding import seed_for
 from fl_lightning.transforms.bits import Draws
 from fl_lightning.types import ClientId, Contribution, Memory, Tree
 
-__all__ = ["Exchange", "Payload", "State", "Template", "Transform", "TreeTransform", "num_elements", "template_of"]
+__all__ = [
+    "Broadcast",
+    "Exchange",
+    "Payload",
+    "State",
+    "Template",
+    "Transform",
+    "TreeTransform",
+    "num_elements",
+    "template_of",
+]
 
 State: TypeAlias = dict[str, Any]
 Template: TypeAlias = Mapping[str, Tree]
@@ -71,6 +81,21 @@ class Payload:
     sealed: Any = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Broadcast:
+    """The model on its way to a cohort.
+
+    Args:
+        model: as the clients get it.
+        state: the transform's next state.
+        num_bytes: what each client of the cohort downloads for it; ``None`` when it travels as it is.
+    """
+
+    model: Tree
+    state: State
+    num_bytes: list[int] | None = None
+
+
 class Transform:
     """Base of all transforms; by itself it changes nothing.
 
@@ -101,9 +126,7 @@ class Transform:
         """Return the template of what :meth:`encode` leaves open, given that of its input."""
         return template
 
-    def encode(
-        self, contribution: Contribution, exchange: Exchange, memory: Memory
-    ) -> tuple[Payload, Memory | None]:
+    def encode(self, contribution: Contribution, exchange: Exchange, memory: Memory) -> tuple[Payload, Memory | None]:
         """Encode one client's contribution; the second value is its next memory, ``None`` for none."""
         return Payload(contribution), None
 
@@ -119,9 +142,9 @@ class Transform:
         """Change the sum of a round before the algorithm sees it."""
         return total, state
 
-    def broadcast(self, model: Tree, exchange: Exchange, state: State) -> tuple[Tree, State]:
-        """Return the model as clients get it, and the next state."""
-        return model, state
+    def broadcast(self, model: Tree, cohort: Sequence[ClientId], exchange: Exchange, state: State) -> Broadcast:
+        """Return the model as the clients of a round get it."""
+        return Broadcast(model, state)
 
     def contraction(self) -> Transform:
         r"""Return the version for error feedback, with :math:`\lVert x - C(x) \rVert < \lVert x \rVert`.
@@ -164,9 +187,7 @@ class TreeTransform(Transform):
     def output(self, template: Template) -> Template:
         return {key: self.output_tree(tree) for key, tree in template.items()}
 
-    def encode(
-        self, contribution: Contribution, exchange: Exchange, memory: Memory
-    ) -> tuple[Payload, Memory | None]:
+    def encode(self, contribution: Contribution, exchange: Exchange, memory: Memory) -> tuple[Payload, Memory | None]:
         opened, sealed, kept = Contribution({}, dict(contribution.scalars)), {}, {}
         for key, tree in contribution.trees.items():
             opened.trees[key], sealed[key], own = self.encode_tree(tree, exchange.at(key), memory.get(key, {}))

@@ -7,11 +7,11 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fl_lightning.transforms.base import Exchange, Payload, State, Template, Transform
+from fl_lightning.transforms.base import Broadcast, Exchange, Payload, State, Template, Transform
 from fl_lightning.transforms.errors import PayloadError
-from fl_lightning.types import Contribution, Memory, Tree
+from fl_lightning.types import ClientId, Contribution, Memory, Tree
 
-__all__ = ["Chain", "chain"]
+__all__ = ["Chain", "all_transforms", "chain"]
 
 
 class Chain(Transform):
@@ -78,9 +78,7 @@ class Chain(Transform):
             template = part.output(template)
         return template
 
-    def encode(
-        self, contribution: Contribution, exchange: Exchange, memory: Memory
-    ) -> tuple[Payload, Memory | None]:
+    def encode(self, contribution: Contribution, exchange: Exchange, memory: Memory) -> tuple[Payload, Memory | None]:
         sealed: list[Any] = []
         kept: Memory = {}
         for index, part in enumerate(self.parts):
@@ -115,13 +113,15 @@ class Chain(Transform):
                 state[str(index)] = own
         return total, state
 
-    def broadcast(self, model: Tree, exchange: Exchange, state: State) -> tuple[Tree, State]:
-        state = dict(state)
+    def broadcast(self, model: Tree, cohort: Sequence[ClientId], exchange: Exchange, state: State) -> Broadcast:
+        sent = Broadcast(model, dict(state))
         for index, part in enumerate(self.parts):
-            model, own = part.broadcast(model, exchange.at(index), state.get(str(index), {}))
-            if own:
-                state[str(index)] = own
-        return model, state
+            own = part.broadcast(sent.model, cohort, exchange.at(index), state.get(str(index), {}))
+            sent.model = own.model
+            sent.num_bytes = own.num_bytes if own.num_bytes is not None else sent.num_bytes
+            if own.state:
+                sent.state[str(index)] = own.state
+        return sent
 
     def contraction(self) -> Transform:
         return Chain([part.contraction() for part in self.parts])
@@ -142,3 +142,22 @@ def chain(*parts: Transform) -> Chain:
         (False, True)
     """
     return Chain(parts)
+
+
+def all_transforms(transforms: Transform | Sequence[Transform] | None, callbacks: Any) -> list[Transform]:
+    """Return what the client callbacks bring (``Compression`` does), and then the transforms themselves.
+
+    Args:
+        transforms: one, several or none.
+        callbacks: one client callback, several or none.
+
+    Raises:
+        MisconfigurationException: for something that is no transform.
+    """
+    given = [callbacks] if not isinstance(callbacks, list | tuple) else callbacks
+    brought = [transform for callback in given for transform in getattr(callback, "transforms", ())]
+    if isinstance(transforms, Transform):
+        transforms = [transforms]
+    if transforms is not None and not isinstance(transforms, list | tuple):
+        raise MisconfigurationException(f"Expected transforms=[TopK(0.01), ...], got {transforms!r}.")
+    return Chain([*brought, *(transforms or ())]).parts

@@ -13,7 +13,7 @@ from fl_lightning.transforms.base import Exchange, Payload, State, Transform, te
 from fl_lightning.transforms.chaining import Chain
 from fl_lightning.transforms.errors import PayloadError
 from fl_lightning.tree import non_finite, num_bytes
-from fl_lightning.types import ClientTask, Contribution, Memory, Tree
+from fl_lightning.types import ClientId, ClientTask, Contribution, Memory, Tree
 from fl_lightning.wire import WireError, pack, unpack
 
 __all__ = ["Codec", "PackedSize"]
@@ -65,6 +65,11 @@ class Codec:
     def is_identity(self) -> bool:
         """Whether contributions travel as they are."""
         return not self.transform.parts
+
+    @property
+    def decodes_sums(self) -> bool:
+        """Whether clients' own updates stay unknown to the server, because only their sum is decoded."""
+        return self._linear > 0
 
     def init(self) -> State:
         """Check that the model's updates can be encoded, and return the server's state of the transforms.
@@ -135,6 +140,17 @@ class Codec:
         _check(trees, self._sum_template(coded) | {"buffers": self._buffers}, exact)
         return Contribution(trees, _finite(decoded.scalars))
 
+    def broadcast(
+        self, trees: Mapping[str, Tree], cohort: Sequence[ClientId], round: int, state: State
+    ) -> tuple[dict[str, Tree], int, State]:
+        """Return the trees as a cohort gets them, the bytes that all of it downloads, and the next state."""
+        sent = self.transform.broadcast(trees["model"], cohort, Exchange(self.seed, round), state)
+        received = {**trees, "model": sent.model}
+        if sent.num_bytes is None:
+            return received, self._size(received) * len(cohort), sent.state
+        rest = {key: tree for key, tree in trees.items() if key != "model"}
+        return received, self._size(rest) * len(cohort) + sum(sent.num_bytes), sent.state
+
     def finish(self, total: Contribution, round: int, state: State) -> tuple[Contribution, State]:
         """Decode what is linear on the sum of a round, and let the transforms change it; returns their next state."""
         if self._linear:
@@ -148,7 +164,9 @@ class Codec:
                 range(self._linear),
             )
             total = Contribution({**total.trees, **decoded.trees}, total.scalars)
-        return self.transform.finish(total, state)
+        coded = {key: tree for key, tree in total.trees.items() if self._is_coded(key, tree)}
+        finished, state = self.transform.finish(Contribution(coded, total.scalars), state)
+        return Contribution({**total.trees, **finished.trees}, finished.scalars), state
 
     def _sum_template(self, keys: Sequence[str]) -> dict[str, Tree]:
         template: Mapping[str, Tree] = dict.fromkeys(keys, self._model)

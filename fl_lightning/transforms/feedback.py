@@ -74,9 +74,7 @@ class ErrorFeedback(Transform):
     def output(self, template: Template) -> Template:
         return self.transform.output(template)
 
-    def encode(
-        self, contribution: Contribution, exchange: Exchange, memory: Memory
-    ) -> tuple[Payload, Memory | None]:
+    def encode(self, contribution: Contribution, exchange: Exchange, memory: Memory) -> tuple[Payload, Memory | None]:
         residual = memory.get(_KEY, {})
         trees = {key: _corrected(tree, residual.get(key)) for key, tree in contribution.trees.items()}
         payload, inner = self.transform.encode(

@@ -1,0 +1,100 @@
+"""The server's side of the wire: what goes out to a cohort, and what comes back from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from fl_lightning.transforms.base import State
+from fl_lightning.transforms.codec import Codec
+from fl_lightning.transforms.errors import PayloadError
+from fl_lightning.types import ClientId, ClientTask, Contribution, Tree
+
+__all__ = ["TRANSFORMS", "ServerCodec"]
+
+TRANSFORMS = "transforms"
+"""Where a client's memory, and the server's state, keep what transforms remember."""
+
+
+class ServerCodec:
+    """Compresses broadcasts, opens payloads and finishes sums, one round after the other.
+
+    An algorithm's contributions all have the same trees. A payload with others would be added to nothing, and its
+    weight would count without its update: the first one of a federation says what is right.
+
+    Args:
+        codec: both halves of the transforms.
+        device: where the sum is.
+
+    Example:
+        >>> codec = Codec([], 0, {"w": torch.zeros(2)})
+        >>> server, task = ServerCodec(codec, torch.device("cpu")), ClientTask("a", 0, 0, {}, seed=0)
+        >>> good, _ = codec.encode(Contribution({"delta": {"w": torch.ones(2)}}, {"weight": 1.0}), task, {})
+        >>> server.open(good, task).trees["delta"]["w"].tolist()
+        [1.0, 1.0]
+        >>> other, _ = codec.encode(Contribution({}, {"weight": 9.0}), task, {})
+        >>> server.open(other, task)
+        Traceback (most recent call last):
+        fl_lightning.transforms.errors.PayloadError: its payload holds other tensors than those of clients before it
+    """
+
+    def __init__(self, codec: Codec, device: torch.device) -> None:
+        self.codec = codec
+        self.device = device
+        self.num_bytes_down = 0
+        self._round = 0
+        self._state: State = {}
+        self._kind: Any = None
+
+    def start(self, state: State, linear: bool) -> State:
+        """Return the server's first state with that of the transforms in it.
+
+        Args:
+            state: of the algorithm.
+            linear: whether the algorithm needs only the sum.
+
+        Raises:
+            MisconfigurationException: when the transforms cannot serve this model and algorithm.
+        """
+        if self.codec.decodes_sums and not linear:
+            raise MisconfigurationException(
+                f"{self.codec.transform.parts[0]!r} is decoded on the sum of a round, and this algorithm needs every "
+                "client's own update. Write shared=False."
+            )
+        self._state = self.codec.init()
+        return self.with_state(state)
+
+    def with_state(self, state: State) -> State:
+        """Return the algorithm's next state with that of the transforms in it."""
+        return {**state, TRANSFORMS: self._state} if self._state else state
+
+    def send(self, trees: Mapping[str, Tree], cohort: Sequence[ClientId], round: int, state: State) -> dict[str, Tree]:
+        """Return the trees as the cohort of a round gets them; ``num_bytes_down`` then is what all of it downloads."""
+        self._round = round
+        sent, self.num_bytes_down, self._state = self.codec.broadcast(trees, cohort, round, state.get(TRANSFORMS, {}))
+        return sent
+
+    def open(self, data: bytes, task: ClientTask) -> Contribution:
+        """Return the contribution in a payload.
+
+        Raises:
+            PayloadError: for a payload that cannot be decoded, or is of another kind than those before it.
+        """
+        contribution = self.codec.decode(data, task)
+        kind = {key: {n: (t.shape, t.dtype) for n, t in tree.items()} for key, tree in contribution.trees.items()}
+        if self._kind is None:
+            self._kind = kind
+        if kind != self._kind:
+            raise PayloadError("its payload holds other tensors than those of clients before it")
+        trees = {key: {n: t.to(self.device) for n, t in tree.items()} for key, tree in contribution.trees.items()}
+        return Contribution({**trees}, contribution.scalars)
+
+    def finish(self, total: Contribution) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+        """Return trees and scalars of the sum of the round, as the algorithm reads them."""
+        finished, self._state = self.codec.finish(total, self._round, self._state)
+        trees = {key: {n: t.to(self.device) for n, t in tree.items()} for key, tree in finished.trees.items()}
+        return trees, finished.scalars
