@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from fl_lightning.callbacks.base import GradientCorrection
-from fl_lightning.local.lean_data import Batches
+from fl_lightning.local.lean_data import Batches, TensorBatches
 from fl_lightning.local.lean_log import Log, Points, ResultLog, ScalarLog
 from fl_lightning.local.lean_plain import lightning_module, overrides
 from fl_lightning.local.lean_step import step_function
@@ -166,6 +166,7 @@ class Fit:
             self._batches = self._open()
             self.progress.num_batches = self._batches.num_batches
             self._iterator = self._batches.begin(0)
+            self._of_tensors = isinstance(self._batches, TensorBatches)
         return self._batches.num_batches
 
     def _done(self) -> bool:
@@ -207,14 +208,15 @@ class Fit:
             raise NotPlain("its loader gives None for a batch")
         if self.facts.device.type != "cpu":
             batch = move_data_to_device(batch, self.facts.device)
-        log.begin_batch(batch)
+        size = len(batch[0]) if self._of_tensors else None
+        log.begin_batch(batch, size)
         accumulates = (index + 1) % progress.accumulate != 0 and not progress.is_last_batch
         point = self._points.next(progress.is_last_batch, accumulates)
         for hook in self._batch_start:
             if hook(batch, index) == -1:
                 raise NotPlain("on_train_batch_start skips the rest of an epoch")
         if self._count_examples and progress.epoch == 0:
-            self.num_examples += extract_batch_size(batch)
+            self.num_examples += extract_batch_size(batch) if size is None else size
         outputs = self._optimize(batch, index, accumulates)
         self._schedule(index, accumulates)
         for hook in self._callback_batch_end:

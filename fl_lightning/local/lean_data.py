@@ -108,6 +108,7 @@ class TensorBatches:
         self.batch_size: int = loader.batch_size  # type: ignore[assignment]  # checked by _tensors
         self.sampler = loader.sampler
         self._drop_last = loader.drop_last
+        self._sizes: list[int] | None = None
         self._eager = loader.num_workers > 0  # workers are given their first batches when the epoch starts
 
     def begin(self, epoch: int) -> Iterator[list[Tensor]]:
@@ -140,9 +141,11 @@ class TensorBatches:
 
     def sizes(self) -> list[int]:
         """Return the sizes of an epoch's batches."""
-        full, rest = divmod(len(self.sampler), self.batch_size)  # type: ignore[arg-type]
-        sizes = [self.batch_size] * full + ([rest] if rest and not self._drop_last else [])
-        return sizes[: self.num_batches]
+        if self._sizes is None:
+            full, rest = divmod(len(self.sampler), self.batch_size)  # type: ignore[arg-type]
+            sizes = [self.batch_size] * full + ([rest] if rest and not self._drop_last else [])
+            self._sizes = sizes[: self.num_batches]
+        return self._sizes
 
     def _batches(self, order: Tensor | None) -> Iterator[list[Tensor]]:
         if order is None:

@@ -112,7 +112,7 @@ class Group:
         Raises:
             CannotGroup: for a parameter without a gradient, which an optimizer leaves out and a group would not.
         """
-        batch = [tensor[:1] for tensor in self._data.batch(1, 0, self.members[0].sizes(0)[0])]
+        batch = self._data.batch(1, 0, self.members[0].sizes(0)[0])
         loss, _ = self._loss({}, [tensor[0] for tensor in batch])
         order = [p for group in self._optimizer.param_groups for p in group["params"]]
         for name, grad in zip(self._names, torch.autograd.grad(loss, order, allow_unused=True), strict=True):
@@ -194,10 +194,11 @@ class Group:
         config = self._interval
         if config is None:
             return 0
+        frequency: int = config.frequency
         if config.interval == "step":
-            per_epoch = len(self.members[row].batches.sizes()) // config.frequency
-            return self._epoch * per_epoch + index // config.frequency
-        return self._epoch // config.frequency
+            per_epoch = len(self.members[row].batches.sizes()) // frequency
+            return self._epoch * per_epoch + index // frequency
+        return self._epoch // frequency
 
     # ---- after -------------------------------------------------------------------------------------------------
 
@@ -279,8 +280,8 @@ class GroupTrainer(LeanTrainer):
     def _refuse(self) -> Any:
         self._own.refuse("it looks at something of self.trainer that differs from client to client")
 
-    global_step = is_last_batch = num_training_batches = estimated_stepping_batches = property(_refuse)  # type: ignore[assignment]
-    logger = loggers = optimizers = lr_scheduler_configs = callbacks = property(_refuse)  # type: ignore[assignment]
+    global_step = is_last_batch = num_training_batches = estimated_stepping_batches = property(_refuse)
+    logger = loggers = optimizers = lr_scheduler_configs = callbacks = property(_refuse)
 
 
 @dataclass(slots=True)
@@ -307,7 +308,7 @@ class _Corrections:
 
     def apply(self, rows: Rows, params: Tree, grads: Tree) -> Tree:
         for template, stacked in self.templates:
-            own = {tree: dict(zip(n, take(t, rows), strict=True)) for tree, (n, t) in stacked.items()}
+            own: dict[str, Tree] = {t: dict(zip(n, take(s, rows), strict=True)) for t, (n, s) in stacked.items()}
             grads = vmap(_corrector(template), randomness="different")(grads, dict(params), own)
         return grads
 
@@ -331,7 +332,8 @@ def _require_alike(first: GradientCorrection, other: Any) -> None:
         theirs = vars(other).get(name)
         if name in ("own", "task", "num_corrections") or value is theirs:
             continue
-        alike = torch.equal(value, theirs) if isinstance(value, Tensor) and isinstance(theirs, Tensor) else value == theirs
+        tensors = isinstance(value, Tensor) and isinstance(theirs, Tensor)
+        alike = torch.equal(value, theirs) if tensors else value == theirs
         if alike is not True:
             raise CannotGroup(f"{type(first).__name__}.{name} differs from client to client and is not in its `own`")
 
@@ -377,7 +379,7 @@ class _GroupData:
         else:
             chosen = order.gather(1, (index * full).unsqueeze(1) + torch.arange(size))
         flat = chosen.reshape(-1)
-        return [tensor.index_select(0, flat).unflatten(0, tuple(chosen.shape)) for tensor in self.tensors]
+        return [tensor.index_select(0, flat).reshape(*chosen.shape, *tensor.shape[1:]) for tensor in self.tensors]
 
 
 def _orders(member: Member, mapped: bool) -> list[Tensor]:

@@ -176,7 +176,7 @@ class GroupLog:
             if tick.epoch != epoch:
                 log.end_epoch(points.stepped - 1)
                 epoch = tick.epoch
-            log.begin_batch([torch.empty(tick.size)])
+            log.begin_batch(None, tick.size)
             point = points.next(tick.last[position], accumulates=False)
             for name, values in tick.values.items():
                 column = self._columns[name]

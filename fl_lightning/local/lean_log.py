@@ -27,8 +27,8 @@ __all__ = ["Log", "Points", "ResultLog", "ScalarLog", "Series"]
 class Log(Protocol):
     """Where ``self.log`` of one client goes."""
 
-    def begin_batch(self, batch: Any) -> None:
-        """A new batch."""
+    def begin_batch(self, batch: Any, size: int | None = None) -> None:
+        """A new batch, and how many examples it has when that is known without looking."""
 
     def observe(self) -> None:
         """After the batch's callbacks, before the module's ``on_train_batch_end``."""
@@ -92,7 +92,8 @@ class ScalarLog:
         self._logger = logger
         self._parts: dict[str, Part] = {}
         self._batch: Any = None
-        self._size: int | None = None
+        self._known: int | None = None
+        self._size: int | None = None  # once a mean over examples has asked for it
         self._explicit: float | None = None
 
     def log(
@@ -142,22 +143,22 @@ class ScalarLog:
     def _size_of(self, batch_size: int | None) -> int:
         if batch_size is None:
             if self._size is None:
-                self._size = extract_batch_size(self._batch)
+                self._size = extract_batch_size(self._batch) if self._known is None else self._known
             return self._size
         if not isinstance(batch_size, int) or self._explicit not in (None, batch_size):
             raise NeedsResults
         self._explicit = batch_size
         return batch_size
 
-    def begin_batch(self, batch: Any) -> None:
-        self._batch, self._size, self._explicit = batch, None, None
+    def begin_batch(self, batch: Any, size: int | None = None) -> None:
+        self._batch, self._known, self._size, self._explicit = batch, size, None, None
 
     def observe(self) -> None:
         for series in self.series.values():
             if series.pending is not None:
                 size = self._size if self._size is not None else self._explicit
                 if size is None:
-                    size = _first_size(self._batch)
+                    size = _first_size(self._batch) if self._known is None else self._known
                 series.values.append(series.pending)
                 series.sizes.append(size)
                 series.pending = None
@@ -225,7 +226,7 @@ def _first_size(batch: Any) -> float:
 
 
 class Points:
-    """Which steps are points on a client's curve, by the rule of LightningLoop: every ``log_every``, at least one a round.
+    """Which steps are points on a client's curve: every ``log_every``, at least one a round, as in LightningLoop.
 
     Args:
         offset: steps of the client's earlier rounds.
@@ -273,7 +274,7 @@ class ResultLog:
         """Stand for the question that ``LightningModule.log`` asks."""
         return self._current_fx != fx and self._first_loop_iter in (None, True)
 
-    def begin_batch(self, batch: Any) -> None:
+    def begin_batch(self, batch: Any, size: int | None = None) -> None:
         self._first_loop_iter = self._first_loop_iter is None
         self.results.batch, self.results.batch_size, self.results.dataloader_idx = batch, None, None
 

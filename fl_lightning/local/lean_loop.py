@@ -60,6 +60,8 @@ class LeanLoop(LightningLoop):
         self.group_reason = self.reason or cannot_group(
             module, self.facts, settings, callbacks, self.trainer._accumulate
         )
+        self.group_trouble: str | None = None
+        """Why the last group that failed did; unlike ``group_reason`` it does not keep the next group from trying."""
         self._uses_index = self._checked = False
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
@@ -81,7 +83,8 @@ class LeanLoop(LightningLoop):
         """Return the outcomes of the jobs that could train together, by position."""
         done: dict[int, Outcome] = {}
         with _forked(jobs[0].task.seed), as_rank_zero(), alone(), torch.enable_grad():
-            members = {position: member for position, job in enumerate(jobs) if (member := self._member(job)) is not None}
+            opened = [self._member(job) for job in jobs]
+            members = {position: member for position, member in enumerate(opened) if member is not None}
             positions = list(members)
             for chunk in chunks([members[position].key() for position in positions]):
                 together = [positions[i] for i in chunk]
@@ -107,38 +110,46 @@ class LeanLoop(LightningLoop):
         return Member(job, batches, callbacks, num_examples)
 
     def _train_group(self, members: Sequence[Member]) -> list[Outcome]:
-        """Train some clients at once; an empty list says that each has to train by itself."""
+        """Train some clients at once, or one by one when that is not the same."""
         try:
             try:
-                return self._together(members)
+                return self._together(members, self._uses_index)
             except (Exception, NotPlain):
                 if self._uses_index or not self.facts.takes_index:
                     raise
-                self._uses_index = True  # the index of the batch may have been what was in the way
-                return self._together(members)
-        except (Exception, NotPlain, NeedsResults) as error:
-            reason = str(error) if isinstance(error, CannotGroup | NotPlain) else f"{type(error).__name__}: {error}"
-            return self._one_by_one(members, reason.strip().splitlines()[0] if reason.strip() else "no reason given")
+                outcomes = self._together(members, uses_index=True)  # the index of the batch was in the way
+                self._uses_index = True
+                return outcomes
+        except (CannotGroup, NotPlain, NeedsResults) as error:
+            return self._one_by_one(members, str(error) or "it logs in its hooks", for_good=True)
+        except Exception as error:
+            # perhaps it depends on the data: the next group tries again, in every process and after every resume alike
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            return self._one_by_one(members, f"{type(error).__name__}: {first_line}", for_good=False)
 
-    def _one_by_one(self, members: Sequence[Member], reason: str) -> list[Outcome]:
+    def _one_by_one(self, members: Sequence[Member], reason: str, for_good: bool) -> list[Outcome]:
         outcomes = [self.run_one(member.job) for member in members]
-        if not any(outcome.error for outcome in outcomes):  # it was no client's fault
+        if any(outcome.error for outcome in outcomes):
+            return outcomes  # it was a client's fault
+        if for_good:
             self.group_reason = reason
+        if self.group_trouble is None and self.reason is None:
             rank_zero_info(f"Clients train one by one in LeanLoop: {reason}.")
+        self.group_trouble = reason
         return outcomes
 
-    def _together(self, members: Sequence[Member]) -> list[Outcome]:
+    def _together(self, members: Sequence[Member], uses_index: bool) -> list[Outcome]:
         task = members[0].job.task
         self.worker.restore()
         load_tensors(self.worker.module, [self.settings.static, task.broadcast["model"]])
-        group = Group(self.facts, members, self._uses_index, self.trainer._log_every)
+        group = Group(self.facts, members, uses_index, self.trainer._log_every)
         if not self._checked:
             group.check()
             self._checked = True
         group.train()
         changed = self.worker.changed()
         if changed is not None:
-            raise CannotGroup(f"training_step changes its attribute {changed!r}, which is one for all clients of a group")
+            raise CannotGroup(f"training_step changes {changed!r} of the module, which is one for all of a group")
         return group.outcomes(self.settings)
 
     # ---- one client ---------------------------------------------------------------------------------------------

@@ -267,9 +267,9 @@ def both(
     algorithm: Algorithm | None = None,
     **changes: Any,
 ) -> tuple[list[Outcome], list[Outcome], LeanLoop]:
-    """Run the same jobs in LightningLoop and in LeanLoop."""
+    """Run the same jobs in LightningLoop and, one client at a time, in LeanLoop."""
     algorithm = algorithm or FedAvg()
-    settings = settings_for(module, algorithm, **changes)
+    settings = settings_for(module, algorithm, **{"group_size": 1, **changes})
     broadcast = broadcast_of(module, settings)
     oracle = LightningLoop(copy.deepcopy(module), algorithm, settings)
     lean = LeanLoop(copy.deepcopy(module), algorithm, settings)
