@@ -31,6 +31,7 @@ from fl_lightning.algorithms import (
     MimeLite,
     QFedAvg,
 )
+from fl_lightning.engines import SpawnedEngine
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Tree
 
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
@@ -78,6 +79,16 @@ def test_the_order_of_the_clients_changes_no_bit(name: str) -> None:
     train(ALGORITHMS[name](), other, data=dict(reversed(clients().items())))
     assert identical(weights(module), weights(other))
     assert not identical(weights(module), before)
+
+
+@every_algorithm
+def test_the_loops_agree(name: str) -> None:
+    """To the bit: the lean loop claims the arithmetic of Lightning's Trainer."""
+    module = Net(momentum=0.0 if name.startswith("Scaffold") else 0.9)
+    other = copy.deepcopy(module)
+    train(ALGORITHMS[name](), module, local_loop="lightning")
+    train(ALGORITHMS[name](), other, local_loop="auto")
+    assert identical(weights(module), weights(other))
 
 
 @every_algorithm
@@ -285,6 +296,17 @@ def test_two_processes_give_the_bits_of_one(tmp_path: Path) -> None:
     assert one.keys() == ALGORITHMS.keys()
     different = [name for name in one if not identical(one[name], two[name])]
     assert not different
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["AFL", "Scaffold II"])
+def test_a_process_for_each_client_gives_the_same_bits(name: str) -> None:
+    """Broadcast, contribution and memory cross as bytes; the client half meets no server."""
+    module = Net()
+    other = copy.deepcopy(module)
+    train(ALGORITHMS[name](), module, rounds=2, data=clients((12, 7)))
+    train(ALGORITHMS[name](), other, rounds=2, data=clients((12, 7)), engine=SpawnedEngine())
+    assert identical(weights(module), weights(other))
 
 
 def test_a_server_schedule_scales_the_rounds() -> None:

@@ -1,0 +1,44 @@
+"""The programs on the pages about algorithms run, and every algorithm has a recipe."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from zoo import Net, clients
+
+import fl_lightning.algorithms
+import fl_lightning.callbacks
+import fl_lightning.schedules
+from fl_lightning import FederatedTrainer
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "docs" / "algorithms" / f"{name}.md" for name in ("callbacks", "samplers")]
+NAMES = sorted(set(fl_lightning.algorithms.__all__) - {"Algorithm"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_on_a_page_runs(page: Path) -> None:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet.update(accelerator="cpu", enable_checkpointing=False)
+    names: dict[str, Any] = {"torch": torch}
+    for part in (fl_lightning.algorithms, fl_lightning.callbacks, fl_lightning.schedules):
+        names.update({name: getattr(part, name) for name in part.__all__})
+    names.update(FederatedTrainer=partial(FederatedTrainer, **quiet), module=Net(), loader=clients()["site-0"])
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        code = block.replace("from lightning.pytorch import Trainer", "")
+        exec(code, {**names, "Trainer": partial(pl.Trainer, **quiet)})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_algorithm_has_a_recipe(name: str) -> None:
+    recipe = yaml.safe_load((ROOT / "configs" / f"{name.lower()}.yaml").read_text())
+    assert recipe["trainer"]["algorithm"]["class_path"] == f"fl_lightning.{name}"
