@@ -1,7 +1,7 @@
 """The leanest loop that can be written by hand in torch for one client at a time: what is left is torch itself.
 
 No DataLoader, no optimizer object, no ``.grad``: batches are indexed from tensors, gradients come from
-``autograd.grad``, one ``torch._foreach_add_`` moves all parameters, and loss and accuracy of a client are computed once,
+``autograd.grad``, one ``torch._foreach_add_`` moves all parameters, and loss and accuracy of a client computed once,
 behind its last step. It knows plain SGD and nothing else.
 """
 

@@ -82,6 +82,6 @@ def print_table(workload: Workload, rows: list[Row]) -> None:
     print("| contender | CPU s/round | wall s/round | times as fast (quartiles) | loss | accuracy |")
     print("|---|---|---|---|---|---|")
     for row in rows:
-        speed = f"{row.ratio:.2f} ({row.low:.2f}–{row.high:.2f})"
+        speed = f"{row.ratio:.2f} ({row.low:.2f}-{row.high:.2f})"
         loss = f"{row.first_loss:.3f} → {row.last_loss:.3f}"
         print(f"| {row.name} | {row.seconds:.4g} | {row.wall:.4g} | {speed} | {loss} | {row.last_accuracy:.3f} |")

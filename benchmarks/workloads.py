@@ -38,7 +38,7 @@ class Workload:
         return self.cohort * -(-self.examples // self.batch_size)
 
     def data(self) -> tuple[Tensor, Tensor]:
-        """Return all clients' examples, one client behind the other: client k has [k * examples, (k + 1) * examples)."""
+        """Return all clients' examples, client after client: client k has [k * examples, (k + 1) * examples)."""
         return self.make(self.num_clients * self.examples, torch.Generator().manual_seed(0))
 
     def model(self) -> nn.Module:

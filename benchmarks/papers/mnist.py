@@ -93,7 +93,8 @@ def _entry(options: argparse.Namespace, entry: str, split: str) -> Row:
     begin = time.perf_counter()
     trainer = federate(
         setting.model(lr=lr), data, FedAvg(), options.output / "mnist", f"{entry} {split} seed {options.seed}",
-        options.seed, max_rounds=limit, clients_per_round=10, local_epochs=setting.epochs, callbacks=[target],
+        options.seed, max_rounds=limit, clients_per_round=10, local_epochs=setting.epochs, num_lanes=1,
+        callbacks=[target],
         local_loop=options.local_loop,
     )  # fmt: skip
     minutes = (time.perf_counter() - begin) / 60

@@ -20,6 +20,8 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerState, TrainerSta
 from torch import nn
 from torch.optim import Optimizer
 
+from fl_lightning.local.client_results import ClientResults
+
 __all__ = ["ClientTrainer"]
 
 
@@ -123,6 +125,8 @@ class ClientTrainer(pl.Trainer):
         self.fit_loop = _FitLoop(self, max_epochs=-1 if epochs is None else epochs)
         self.fit_loop.epoch_loop = _TrainingEpochLoop(self, max_steps=-1 if steps is None else steps)
         self.fit_loop.epoch_loop._batches_that_stepped = log_offset
+        self.fit_loop.epoch_loop._results = ClientResults(training=True)
+        self.validate_loop._results = ClientResults(training=False)
         self.state = TrainerState()
         self.should_stop = False
         self.accumulate_grad_batches = self._accumulate

@@ -363,4 +363,3 @@ def _before(
     callback: Callback, trainer: LeanTrainer, module: pl.LightningModule, optimizer: Optimizer
 ) -> Callable[[], None]:
     return lambda: callback.on_before_optimizer_step(trainer, module, optimizer)  # type: ignore[arg-type]
-

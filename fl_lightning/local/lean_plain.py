@@ -143,4 +143,3 @@ def _strange_precision(precision: Precision) -> str | None:
     if type(precision) is MixedPrecision and precision.scaler is None:
         return None
     return f"precision {precision.precision!r} scales gradients or converts the weights"
-

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fl_lightning.transforms.base import Exchange, Payload, State, Transform, template_of
@@ -38,6 +37,7 @@ class Codec:
         buffers: the buffers that travel.
 
     Example:
+        >>> import torch
         >>> from fl_lightning.transforms import TopK
         >>> model = {"w": torch.zeros(3)}
         >>> codec, task = Codec([TopK(k=1)], 0, model), ClientTask("a", 0, 0, {}, seed=0)
@@ -92,14 +92,14 @@ class Codec:
     def size(self, contribution: Contribution, task: ClientTask) -> int:
         """Return the length of what :meth:`encode` returns without transforms, and write no byte."""
         coded = {key: tree for key, tree in contribution.trees.items() if self._is_coded(key, tree)}
-        return self._size(self._message(contribution, task, Payload(Contribution(coded, contribution.scalars), [])))
+        message = self._message(contribution, task, Payload(Contribution(coded, contribution.scalars), []))
+        return self._size(message, [_address(task), contribution.scalars], contribution.trees)
 
     def _message(self, contribution: Contribution, task: ClientTask, payload: Payload) -> list[Any]:
         exact = {key: tree for key, tree in contribution.trees.items() if not self._is_coded(key, tree)}
         coded = [key for key in contribution.trees if key not in exact]
         opened = payload.contribution
-        address = [task.client_id, task.round, task.dispatch_id]
-        return [_FORMAT, self._digest, address, coded, opened.scalars, opened.trees, payload.sealed, exact]
+        return [_FORMAT, self._digest, _address(task), coded, opened.scalars, opened.trees, payload.sealed, exact]
 
     def _is_coded(self, key: str, tree: Tree) -> bool:
         return key not in _EXACT and tree.keys() == self._model.keys()
@@ -127,9 +127,8 @@ class Codec:
         version, digest, address, coded, scalars, opened, sealed, exact = message
         if version != _FORMAT:
             raise PayloadError(f"expected format {_FORMAT}, got {version!r}")
-        expected = [task.client_id, task.round, task.dispatch_id]
-        if address != expected:
-            raise PayloadError(f"expected [client, round, dispatch] {expected}, got {address}")
+        if address != _address(task):
+            raise PayloadError(f"expected [client, round, dispatch] {_address(task)}, got {address}")
         if digest != self._digest:
             raise PayloadError("it was encoded for a model of other shapes, or by other transforms")
         template = dict.fromkeys(coded, self._model)
@@ -147,9 +146,9 @@ class Codec:
         sent = self.transform.broadcast(trees["model"], cohort, Exchange(self.seed, round), state)
         received = {**trees, "model": sent.model}
         if sent.num_bytes is None:
-            return received, self._size(received) * len(cohort), sent.state
+            return received, self._size(received, None, received) * len(cohort), sent.state
         rest = {key: tree for key, tree in trees.items() if key != "model"}
-        return received, self._size(rest) * len(cohort) + sum(sent.num_bytes), sent.state
+        return received, self._size(rest, None, rest) * len(cohort) + sum(sent.num_bytes), sent.state
 
     def finish(self, total: Contribution, round: int, state: State) -> tuple[Contribution, State]:
         """Decode what is linear on the sum of a round, and let the transforms change it; returns their next state."""
@@ -178,48 +177,46 @@ class Codec:
         return Exchange(self.seed, task.round, task.client_id, task.dispatch_id)
 
 
-class PackedSize:
-    """Computes ``len(pack(value))`` without writing the tensors.
+def _address(task: ClientTask) -> list[Any]:
+    return [task.client_id, task.round, task.dispatch_id]
 
-    The header of a safetensors file depends on types and shapes alone, so for each set of them one value is packed for
-    real; what changes from client to client are names and numbers of a few bytes.
+
+class PackedSize:
+    """Computes ``len(pack(message))`` without writing the tensors.
+
+    The header of a safetensors file depends on names, shapes and types alone, so for each set of them one message is
+    packed for real; from client to client only a few names and numbers change.
 
     Example:
-        >>> value = {"weight": 12.0, "delta": {"w": torch.zeros(5)}}
-        >>> PackedSize()(value) == len(pack(value))
-        True
+        >>> import torch
+        >>> trees = {"delta": {"w": torch.zeros(5)}}
+        >>> size = PackedSize()
+        >>> [size([n, trees], n, trees) == len(pack([n, trees])) for n in (1, 1000, 0.25)]
+        [True, True, True]
     """
 
     def __init__(self) -> None:
         self._headers: dict[Any, int] = {}
 
-    def __call__(self, value: Any) -> int:
-        tensors: list[Tensor] = []
-        skeleton = _header_length(pack(_hollow(value, tensors)))
-        key = tuple((tensor.dtype, tensor.shape) for tensor in tensors)
+    def __call__(self, message: Any, changing: Any, trees: Mapping[str, Tree]) -> int:
+        """Return the length of a packed message.
+
+        Args:
+            message: what would be packed.
+            changing: the part of it that is not the same in every message with such trees.
+            trees: its tensors.
+        """
+        specs = ((key, tuple((n, t.dtype, t.shape) for n, t in tree.items())) for key, tree in trees.items())
+        key = (type(message), *specs)
+        changes = _header_length(pack(changing))
         if key not in self._headers:
-            self._headers[key] = _header_length(pack(value)) - skeleton
-        header = skeleton + self._headers[key]
-        return 8 + -(-header // 8) * 8 + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self._headers[key] = _header_length(pack(message)) - changes
+        return 8 + -(-(self._headers[key] + changes) // 8) * 8 + num_bytes(trees.values())
 
 
 def _header_length(data: bytes) -> int:
     length = int.from_bytes(data[:8], "little")
     return len(data[8 : 8 + length].rstrip(b" "))  # safetensors fills up to a multiple of eight
-
-
-_HOLLOW = torch.zeros(0)
-
-
-def _hollow(value: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _HOLLOW
-    if isinstance(value, list | tuple):
-        return type(value)(_hollow(item, tensors) for item in value)
-    if isinstance(value, Mapping):
-        return {key: _hollow(item, tensors) for key, item in value.items()}
-    return value
 
 
 def _same_shapes(tree: Tree, template: Tree) -> bool:

@@ -168,14 +168,19 @@ class Quantize(TreeTransform):
     def _codes(self, rows: Array, scale: Array, draws: Draws | None) -> Array:
         if self.bits == 1 and draws is None:
             return rows >= 0
-        # divided before it is multiplied: 127 / 1e-40 is infinite, 1e-40 / 1e-40 is not
-        value: Array = rows / np.where(scale > 0, scale, 1)[:, None].astype(rows.dtype)
-        value = (value + 1) * 0.5 if self.bits == 1 else value * rows.dtype.type(self.levels)
-        top = 1 if self.bits == 1 else self.levels
-        value += 0.5 if draws is None else draws.uniform(rows.size).reshape(rows.shape)
-        np.floor(value, out=value)
-        np.clip(value, 0 if self.bits == 1 else -top, top, out=value)
-        return value if self.bits == 1 else value + rows.dtype.type(top)
+        divisor = np.where(scale > 0, scale, 1)[:, None].astype(rows.dtype)
+        half = rows.dtype.type(0.5 if self.bits == 1 else self.levels)
+        if divisor.min() > 1e-30:
+            value: Array = rows * (half / divisor)
+        else:  # divided before it is multiplied: 127 / 1e-40 is infinite, 1e-40 / 1e-40 is not
+            value = rows / divisor * half
+        if self.bits == 1:
+            value += half
+        value += rows.dtype.type(0.5) if draws is None else draws.uniform(rows.size).reshape(rows.shape)
+        np.floor(value, out=value)  # before the codes are made positive: a zero stays one whatever was drawn
+        if self.bits > 1:
+            value += half
+        return np.clip(value, 0, 1 if self.bits == 1 else 2 * self.levels, out=value)
 
     def _fill(self, dense: Tensor, codes: Array, scales: Array) -> None:
         for begin in range(0, len(codes), CHUNK):

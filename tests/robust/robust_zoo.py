@@ -52,7 +52,7 @@ class Net(pl.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.hparams.lr)
 
 
-def clients(sizes: Sequence[int] = (12, 20, 7, 9, 16), shuffle: bool = True) -> dict[str, DataLoader[Any]]:
+def clients(sizes: Sequence[int] = (12, 20, 7, 10, 16), shuffle: bool = True) -> dict[str, DataLoader[Any]]:
     """Return clients of unequal size whose labels follow unequal rules."""
     draw = torch.Generator().manual_seed(0)
     loaders = {}
