@@ -230,6 +230,8 @@ def _check(trees: Mapping[str, Tree], templates: Mapping[str, Tree], exact: Mapp
             raise PayloadError(f"the tensors of {key!r} have other names or shapes than the model's")
         if key in exact and not all(isinstance(tensor, Tensor) for tensor in tree.values()):
             raise PayloadError(f"{key!r} holds something else than tensors")
+        if any(tensor.is_complex() for tensor in tree.values()):
+            raise PayloadError(f"expected real numbers in {key!r}, got complex ones")
         bad = non_finite(tree)
         if bad is not None:
             raise PayloadError(f"it has NaN or infinite values in {key}/{bad or 'values'}")

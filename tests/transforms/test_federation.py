@@ -1,0 +1,309 @@
+"""The laws that every transform keeps in a federation, whichever loop and engine runs the clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from spine_zoo import Classifier, assert_same_bits, fit_federated, sites, weights
+from torch import Tensor
+from transforms_zoo import TRANSFORMS
+
+from fl_lightning import ErrorFeedback, FedAvg, Quantize, RandomK, Scaffold, TopK, chain
+from fl_lightning.algorithms import Algorithm, MimeLite
+from fl_lightning.callbacks import Compression
+from fl_lightning.engines import SpawnedEngine
+from fl_lightning.errors import BadUpdateError, MisconfigurationException, NotEnoughClientsError
+from fl_lightning.transforms import Codec, CompressedBroadcast, Transform
+from fl_lightning.types import ClientTask, Contribution
+from fl_lightning.wire import pack
+
+every_transform = pytest.mark.parametrize("name", TRANSFORMS)
+START = weights(Classifier(hidden=6))
+
+
+class Still(Classifier):
+    """No client moves."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return 1.0 + 0.0 * sum(p.sum() for p in self.parameters())
+
+
+def train(transforms: Any, kind: type[Classifier] = Classifier, **arguments: Any) -> tuple[dict[str, Tensor], Any]:
+    module = kind(hidden=6)
+    module.load_state_dict(START)
+    arguments = {"max_rounds": 3, "num_threads": 1, "log_clients": False, **arguments}
+    trainer = fit_federated(module, sites(3), transforms=transforms, **arguments)
+    return weights(module), trainer
+
+
+@every_transform
+def test_both_loops_give_the_same_bits_and_the_same_bytes(name: str) -> None:
+    (lean, first), (real, second) = (train([TRANSFORMS[name]()], local_loop=loop) for loop in ("lean", "lightning"))
+    assert_same_bits(lean, real)
+    for one, other in zip(first.round_history, second.round_history, strict=True):
+        assert (one.num_bytes_up, one.num_bytes_down) == (other.num_bytes_up, other.num_bytes_down)
+    assert any(not torch.equal(lean[n], START[n]) for n in lean)
+    plain, _ = train(None)
+    assert any(not torch.equal(lean[n], plain[n]) for n in lean)
+
+
+@every_transform
+def test_when_no_client_moves_the_model_stays(name: str) -> None:
+    after, _ = train([TRANSFORMS[name]()], Still)
+    assert_same_bits(after, START)
+
+
+@pytest.mark.parametrize("transforms", [[], chain(), [TopK(1.0)], [RandomK(1.0)], [ErrorFeedback(chain())]])
+def test_neutral_transforms_are_fedavg_to_the_bit(transforms: Any) -> None:
+    plain, trainer = train(None)
+    after, other = train(transforms)
+    assert_same_bits(plain, after)
+    if not transforms or (isinstance(transforms, Transform)):
+        assert [r.num_bytes_up for r in trainer.round_history] == [r.num_bytes_up for r in other.round_history]
+
+
+@pytest.mark.parametrize(
+    "algorithm", [FedAvg(weights="uniform"), Scaffold(), MimeLite(0.5)], ids=lambda a: type(a).__name__
+)
+def test_every_tree_of_an_algorithm_passes_through(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaffold and MimeLite send two trees; both are coded, and finely coded they change little."""
+    coded: set[str] = set()
+    original = Quantize.encode_tree
+
+    def watched(self: Quantize, tree: Any, exchange: Any, memory: Any) -> Any:
+        coded.add(exchange.path.rpartition("/")[2])
+        return original(self, tree, exchange, memory)
+
+    monkeypatch.setattr(Quantize, "encode_tree", watched)
+    exact, _ = train(None, algorithm=algorithm)
+    after, _ = train([Quantize(16)], algorithm=algorithm)
+    assert len(coded) == (1 if isinstance(algorithm, FedAvg) else 2)
+    for name, value in exact.items():
+        torch.testing.assert_close(after[name], value, atol=2e-3, rtol=1e-3)
+
+
+def test_two_transforms_in_a_list_are_their_chain() -> None:
+    listed, _ = train([TopK(0.3), Quantize(8)])
+    chained, _ = train([chain(TopK(0.3), Quantize(8))])
+    assert_same_bits(listed, chained)
+
+
+def test_the_callback_is_the_transform() -> None:
+    transform = ErrorFeedback(TopK(0.2))
+    for loop in ("lean", "lightning"):
+        direct, first = train([transform], local_loop=loop)
+        through, second = train(None, client_callbacks=[Compression(transform)], local_loop=loop)
+        assert_same_bits(direct, through)
+        assert [r.num_bytes_up for r in first.round_history] == [r.num_bytes_up for r in second.round_history]
+
+
+def test_bytes_in_the_report_are_lengths_of_byte_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    original = Codec.encode
+
+    def watched(self: Codec, contribution: Contribution, task: ClientTask, memory: Any) -> Any:
+        data, kept = original(self, contribution, task, memory)
+        lengths.append(len(data))
+        return data, kept
+
+    monkeypatch.setattr(Codec, "encode", watched)
+    _, trainer = train([TopK(0.2)])
+    assert [r.num_bytes_up for r in trainer.round_history] == [sum(lengths[i : i + 3]) for i in (0, 3, 6)]
+    down = 3 * len(pack({"model": START, "buffers": {}}))
+    assert [r.num_bytes_down for r in trainer.round_history] == [down] * 3
+    monkeypatch.undo()
+    _, plain = train(None)
+    _, top = train([TopK(1.0)])
+    # the same values, and nothing is written; beside them are names and shapes of the tensors, or one flat vector
+    assert abs(plain.round_history[0].num_bytes_up - top.round_history[0].num_bytes_up) < 3 * 400
+
+
+def test_a_new_process_for_each_client_gives_the_same_bits() -> None:
+    transform = ErrorFeedback(chain(TopK(0.3), Quantize(4)))
+    here, first = train([transform], max_rounds=2)
+    there, second = train([transform], max_rounds=2, engine=SpawnedEngine(), local_loop="lightning")
+    assert_same_bits(here, there)
+    assert [r.num_bytes_up for r in first.round_history] == [r.num_bytes_up for r in second.round_history]
+
+
+class Tampered(FedAvg):
+    """Client s1 makes a weight that no float32 holds."""
+
+    def contribute(self, update: Any, task: Any, memory: Any) -> Any:
+        contribution, kept = super().contribute(update, task, memory)
+        if task.client_id == "s1":
+            contribution.trees["delta"] = {n: t * float("inf") for n, t in contribution.trees["delta"].items()}
+        return contribution, kept
+
+
+def test_a_contribution_that_is_not_finite_is_a_bad_update_of_its_client() -> None:
+    with pytest.raises(BadUpdateError, match=r"Client 's1' failed in round 0: its contribution has NaN or infinite"):
+        train([Quantize(8)], algorithm=Tampered())
+    with pytest.warns(UserWarning, match="Client 's1' is skipped"):
+        _, trainer = train([Quantize(8)], algorithm=Tampered(), on_bad_update="skip")
+    assert all(report.cohort == ["s0", "s2"] and "s1" in report.skipped for report in trainer.round_history)
+
+
+def tampering(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    original = Codec.encode
+
+    def sent(self: Codec, contribution: Contribution, task: ClientTask, memory: Any) -> Any:
+        data, kept = original(self, contribution, task, memory)
+        return (change(data) if task.client_id == "s1" else data), kept
+
+    monkeypatch.setattr(Codec, "encode", sent)
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d + b"x", lambda d: b"", lambda d: bytes(5_000_000)])
+def test_a_bad_payload_names_its_client_and_the_round_goes_on(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tampering(monkeypatch, change)
+    with pytest.raises(BadUpdateError, match=r"Client 's1' failed in round 0: .*(cannot be read|at most \d+ bytes)"):
+        train([TopK(0.2)])
+    with pytest.warns(UserWarning, match="Client 's1' is skipped"):
+        after, trainer = train([TopK(0.2)], on_bad_update="skip")
+    assert all(report.cohort == ["s0", "s2"] and "s1" in report.skipped for report in trainer.round_history)
+    assert any(not torch.equal(after[n], START[n]) for n in after)
+    with pytest.warns(UserWarning, match="is skipped"), pytest.raises(NotEnoughClientsError):
+        train([TopK(0.2)], on_bad_update="skip", min_clients=3)
+
+
+def test_the_payload_of_another_round_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bytes] = []
+
+    def replayed(data: bytes) -> bytes:
+        seen.append(data)
+        return seen[0]
+
+    tampering(monkeypatch, replayed)
+    with pytest.raises(BadUpdateError, match=r"Client 's1' failed in round 1: .*\[client, round, dispatch\]"):
+        train([TopK(0.2)])
+
+
+def test_a_broadcast_follows_the_model_and_counts_what_clients_missed() -> None:
+    """One of three clients a round: who was away downloads the steps in between, or the whole where that is less."""
+
+    class Versions(CompressedBroadcast):
+        drift: list[float] = []
+
+        def broadcast(self, model: Any, cohort: Any, exchange: Any, state: Any) -> Any:
+            sent = super().broadcast(model, cohort, exchange, state)
+            Versions.drift.append(float(sum((sent.model[n] - model[n]).norm() for n in model)))
+            return sent
+
+    _, trainer = train([Versions(TopK(0.5))], clients_per_round=1, max_rounds=8)
+    history = trainer.round_history
+    state = trainer_state(trainer)
+    whole = state["whole"]
+    rest = len(pack({"buffers": {}}))
+    seen: dict[Any, int] = {}
+    for round, report in enumerate(history):
+        (client,) = report.cohort
+        missed = sum(state["steps"][seen[client] + 1 : round + 1]) if client in seen else whole
+        assert report.num_bytes_down == rest + min(whole, missed)
+        seen[client] = round
+    assert len({report.num_bytes_down for report in history}) > 2
+    assert Versions.drift[0] == 0
+    assert all(0 < drift < 1 for drift in Versions.drift[1:])
+    exact, _ = train([CompressedBroadcast(TopK(1.0))], clients_per_round=1, max_rounds=8)
+    plain, _ = train(None, clients_per_round=1, max_rounds=8)
+    for name, value in plain.items():
+        torch.testing.assert_close(exact[name], value, atol=1e-5, rtol=1e-5)
+
+
+def trainer_state(trainer: Any) -> Any:
+    """Return the broadcast's state after a fit, as a checkpoint would keep it."""
+    (state,) = trainer.kept["transforms"].values()
+    return state
+
+
+@pytest.fixture(autouse=True)
+def keep_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fl_lightning.fitting import FederatedFit
+
+    original = FederatedFit.close
+
+    def close(self: FederatedFit) -> None:
+        if self._federation is not None:
+            self.trainer.kept = self._federation.state  # type: ignore[attr-defined]
+        original(self)
+
+    monkeypatch.setattr(FederatedFit, "close", close)
+
+
+def test_a_compressed_broadcast_resumes_to_the_bit(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    ends = []
+    for rounds in ((5,), (2, 5)):
+        folder = tmp_path / str(len(rounds))
+        path = None
+        for stop in rounds:
+            saver = ModelCheckpoint(folder, save_last=True)
+            module = Classifier(hidden=6)
+            module.load_state_dict(START)
+            trainer = make_trainer(folder, stop, saver)
+            trainer.fit(module, sites(3), ckpt_path=path)
+            path = str(folder / "last.ckpt")
+        ends.append((weights(module), trainer.round_history[-1].num_bytes_down))
+    assert_same_bits(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+def make_trainer(folder: Path, stop: int, saver: Any) -> Any:
+    import lightning.pytorch as pl
+    from spine_zoo import QUIET
+
+    from fl_lightning import FederatedTrainer
+
+    pl.seed_everything(7, verbose=False)
+    return FederatedTrainer(
+        **{**QUIET, "enable_checkpointing": True}, default_root_dir=str(folder), max_rounds=stop, clients_per_round=2,
+        callbacks=[saver], num_threads=1, transforms=[TRANSFORMS["broadcast and update"]()],
+    )  # fmt: skip
+
+
+def test_what_is_decoded_on_the_sum_is_refused_where_every_update_is_needed() -> None:
+    class NeedsAll(FedAvg):
+        linear = False
+
+    with pytest.raises(MisconfigurationException, match=r"RandomK.*is decoded on the sum.*Write shared=False"):
+        train([RandomK(0.5, shared=True)], algorithm=NeedsAll())
+
+
+PROGRAM = """
+import sys
+import torch
+torch.set_num_threads(1)
+sys.path[:0] = {paths!r}
+import transforms_ddp
+if __name__ == "__main__":
+    transforms_ddp.main(int(sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_same_bits_as_one(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    results = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        (folder / "script.py").write_text(PROGRAM.format(paths=[str(here), str(here.parent / "spine")]))
+        environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")}
+        command = [sys.executable, "script.py", str(devices), str(folder)]
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = torch.load(folder / "weights.pt", weights_only=True)
+        results.append((found, json.loads((folder / "history.json").read_text())))
+    for name, own in results[0][0].items():
+        assert_same_bits(own, results[1][0][name])
+    assert results[0][1] == results[1][1]
