@@ -11,8 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from algorithm_zoo import ALGORITHMS, Net, clients, weights
 from quadratics import quiet_trainer
-from zoo import ALGORITHMS, Net, clients, weights
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

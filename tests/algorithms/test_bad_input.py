@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from algorithm_zoo import ALGORITHMS, Net, clients
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import ManualOptimBoringModel, RandomDataset
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from quadratics import quiet_trainer
 from torch.utils.data import DataLoader
-from zoo import ALGORITHMS, Net, clients
 
 from fl_lightning.algorithms import Algorithm, FedAvg, FedDyn, FedNova, FedProx, MimeLite, Scaffold
 from fl_lightning.types import ClientTask, ClientUpdate

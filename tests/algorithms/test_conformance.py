@@ -14,11 +14,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from algorithm_zoo import ALGORITHMS, Net, Normalised, Still, clients, identical, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from quadratics import quiet_trainer
 from torch import Tensor
-from zoo import ALGORITHMS, Net, Normalised, Still, clients, identical, weights
 
 import fl_lightning.algorithms
 from fl_lightning.algorithms import (

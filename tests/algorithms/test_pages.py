@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from zoo import Net, clients
+from algorithm_zoo import Net, clients
 
 import fl_lightning.algorithms
 import fl_lightning.callbacks

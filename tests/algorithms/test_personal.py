@@ -8,10 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from algorithm_zoo import Net, clients, weights
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from quadratics import OPTIMA, Quadratic, client, parabola, quiet_trainer, trajectory
 from torch import Tensor, nn
-from zoo import Net, clients, weights
 
 from fl_lightning.algorithms import Ditto, FedAvg, FedPer
 
@@ -86,7 +86,8 @@ def test_personal_layers_do_not_travel() -> None:
     part = quiet_trainer(algorithm=FedPer(["head.*"]), max_rounds=1)
     part.fit(Net(), clients())
     head = 4 * (8 * 3 + 3) * 3  # float32, in the payloads of three clients
-    assert whole.round_history[0].num_bytes_up - part.round_history[0].num_bytes_up == head
+    saved = whole.round_history[0].num_bytes_up - part.round_history[0].num_bytes_up
+    assert head <= saved <= head + 3 * 300  # with the names and shapes of two tensors in each payload's header
 
 
 def test_ditto_without_a_pull_is_local_training_to_the_bit() -> None:

@@ -61,7 +61,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name: str, tmp_path: 
     resumed = Net()
     trainer = quiet_trainer(
         algorithm=RULES[name](), max_rounds=4, local_epochs=2,
-        callbacks=[ModelCheckpoint(tmp_path / "no", save_top_k=0)], **arguments,
+        callbacks=[ModelCheckpoint(tmp_path / "half", save_top_k=0)], **arguments,
     )  # fmt: skip
     trainer.fit(resumed, clients(), ckpt_path=str(tmp_path / "half" / "last.ckpt"))
     assert identical(weights(resumed), weights(whole))

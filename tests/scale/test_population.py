@@ -72,7 +72,9 @@ def test_files_are_of_participants_and_bounded_curves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "sampler", [UniformSampler(), PoissonSampler(8e-6), RoundRobinSampler(shuffle=False)], ids=repr
+    "sampler",
+    [UniformSampler(), PoissonSampler(8e-6), RoundRobinSampler(shuffle=False)],
+    ids=lambda s: type(s).__name__,
 )
 def test_samplers_that_do_not_look_at_everyone(sampler: Any) -> None:
     """RoundRobinSampler(shuffle=True), SizeSampler and PowerOfChoiceSampler(by_size=True) have to."""

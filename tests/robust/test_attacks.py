@@ -1,0 +1,198 @@
+"""Attacks do what their formulas say, to the attackers only; FedAvg breaks and robust rules hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from robust_zoo import Net, clients, identical, quiet_trainer, train, weights
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fl_lightning import IID, FederatedDataModule
+from fl_lightning.algorithms import Algorithm, FedAvg
+from fl_lightning.algorithms.fltrust import FLTrust
+from fl_lightning.algorithms.robust import (
+    ALittleIsEnough,
+    Cohort,
+    CoordinateMedian,
+    GeometricMedian,
+    Krum,
+    MultiKrum,
+    NormClipping,
+    TrimmedMean,
+)
+from fl_lightning.algorithms.robust.base import RobustAlgorithm
+from fl_lightning.algorithms.robust.little import little_z
+from fl_lightning.callbacks.attacks import LabelFlip, ModelReplacement, NoiseAttack, SignFlip
+from fl_lightning.data import DigitsDataModule
+
+ATTACKER = "site-1"
+
+
+class Spy(RobustAlgorithm):
+    """Keeps what every client sent in the first round and takes one step of nothing."""
+
+    sent: dict[Any, dict[str, Tensor]]
+
+    def aggregate(self, cohort: Cohort) -> dict[str, Tensor]:
+        self.sent = {c: dict(s.trees["delta"]) for c, s in zip(cohort.client_ids, cohort._contributions, strict=True)}
+        return cohort.mixture("delta", torch.zeros(len(cohort)))
+
+
+def sent(attacks: list[Any], data: Any = None, loop: Any = "auto") -> dict[Any, dict[str, Tensor]]:
+    torch.manual_seed(1)
+    spy = Spy()
+    train(spy, Net(), data, max_rounds=1, client_callbacks=attacks, local_loop=loop)
+    return spy.sent
+
+
+@pytest.mark.parametrize("loop", ["lean", "lightning"])
+@pytest.mark.parametrize(
+    ("attack", "factor"),
+    [(SignFlip([ATTACKER], 3.0), -3.0), (ModelReplacement([ATTACKER], 7.0), 7.0), (NoiseAttack([ATTACKER], 0.0), 0.0)],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_update_is_scaled_at_the_attacker_only(attack: Any, factor: float, loop: str) -> None:
+    honest, attacked = sent([], loop=loop), sent([attack], loop=loop)
+    for client_id, delta in honest.items():
+        if client_id != ATTACKER:
+            assert identical(attacked[client_id], delta)
+    for name, delta in honest[ATTACKER].items():
+        assert torch.allclose(attacked[ATTACKER][name], factor * delta, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_is_of_the_size_that_was_asked_and_new_for_each_client() -> None:
+    attacked = sent([NoiseAttack([ATTACKER, "site-3"], std=5.0)])
+    noise = torch.cat([value.reshape(-1) for value in attacked[ATTACKER].values()])
+    other = torch.cat([value.reshape(-1) for value in attacked["site-3"].values()])
+    assert 4 < float(noise.std()) < 6
+    assert abs(float(noise.mean())) < 2
+    assert abs(float(torch.corrcoef(torch.stack([noise, other]))[0, 1])) < 0.4
+    assert identical(sent([NoiseAttack([ATTACKER], std=5.0)])[ATTACKER], attacked[ATTACKER])
+
+
+def test_added_noise_keeps_the_honest_update() -> None:
+    honest, noise = sent([]), sent([NoiseAttack([ATTACKER], std=0.1)])
+    added = sent([NoiseAttack([ATTACKER], std=0.1, add=True)])
+    for name, delta in honest[ATTACKER].items():
+        assert torch.allclose(added[ATTACKER][name], delta + noise[ATTACKER][name], atol=1e-5)
+
+
+@pytest.mark.parametrize("loop", ["lean", "lightning"])
+@pytest.mark.parametrize("flip", [LabelFlip([ATTACKER], 3), LabelFlip([ATTACKER], mapping={0: 2, 2: 1})])
+def test_flipped_labels_are_training_on_other_labels_to_the_bit(flip: LabelFlip, loop: str) -> None:
+    data, poisoned = clients(), clients()
+    x, y = poisoned[ATTACKER].dataset.tensors
+    wrong = torch.tensor([2, 1, 0])[y] if flip.num_classes else torch.tensor([2, 1, 1])[y]
+    poisoned[ATTACKER] = DataLoader(TensorDataset(x, wrong), batch_size=4, shuffle=True)
+    before = y.clone()
+    attacked, expected = sent([flip], data, loop), sent([], poisoned, loop)
+    assert all(identical(attacked[c], expected[c]) for c in expected)
+    assert torch.equal(data[ATTACKER].dataset.tensors[1], before)
+    assert not identical(attacked[ATTACKER], sent([], loop=loop)[ATTACKER])
+
+
+def test_attacks_can_be_combined() -> None:
+    flipped = sent([LabelFlip([ATTACKER], 3)])
+    boosted = sent([LabelFlip([ATTACKER], 3), ModelReplacement([ATTACKER], 5.0)])
+    for name, delta in flipped[ATTACKER].items():
+        assert torch.allclose(boosted[ATTACKER][name], 5 * delta, rtol=1e-4, atol=1e-6)
+
+
+def test_in_a_plain_trainer_an_attack_does_nothing() -> None:
+    module, other = Net(), Net()
+    other.load_state_dict(module.state_dict())
+    for net, callbacks in ((module, [SignFlip(["a"]), LabelFlip(["a"], 3)]), (other, [])):
+        trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, barebones=True, callbacks=callbacks)
+        trainer.fit(net, clients(shuffle=False)["site-0"])
+    assert identical(weights(module), weights(other))
+
+
+class Digits(pl.LightningModule):
+    """Logs nothing: many small federations are trained here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.3)
+
+
+@pytest.fixture(scope="module")
+def digits() -> FederatedDataModule:
+    data = FederatedDataModule(DigitsDataModule(batch_size=32), IID(num_clients=10))
+    data.setup("fit")
+    return data
+
+
+def accuracy(algorithm: Algorithm, attacks: list[Any], digits: FederatedDataModule) -> float:
+    pl.seed_everything(3, verbose=False)
+    module = Digits()
+    loaders = {client_id: digits.client_dataloader(client_id) for client_id in digits.client_ids()}
+    trainer = quiet_trainer(algorithm=algorithm, max_rounds=8, local_epochs=2, client_callbacks=attacks)
+    trainer.fit(module, loaders)
+    images, labels = next(iter(DataLoader(digits.val_dataloader().dataset, batch_size=1000)))
+    with torch.no_grad():
+        return float((module.net(images).argmax(1) == labels).float().mean())
+
+
+ATTACKS: dict[str, list[Any]] = {
+    "sign flip": [SignFlip([3, 8], 10.0)],
+    "noise": [NoiseAttack([3, 8], 20.0)],
+    "backdoor": [LabelFlip([3, 8], 10), ModelReplacement([3, 8], 10.0)],
+}
+HOLD: list[Algorithm] = [
+    CoordinateMedian(2),
+    TrimmedMean(0.2),
+    GeometricMedian(2),
+    Krum(2),
+    MultiKrum(2),
+    FLTrust(DigitsDataModule(batch_size=32), num_examples=100),
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_the_mean_breaks(attack: str, digits: FederatedDataModule) -> None:
+    assert accuracy(FedAvg(), [], digits) > 0.85
+    assert accuracy(FedAvg(), ATTACKS[attack], digits) < 0.4
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("rule", HOLD, ids=lambda rule: type(rule).__name__)
+def test_a_robust_rule_holds(rule: Algorithm, attack: str, digits: FederatedDataModule) -> None:
+    assert accuracy(rule, ATTACKS[attack], digits) > 0.8
+
+
+def test_clipping_holds_against_noise_and_weakens_model_replacement(digits: FederatedDataModule) -> None:
+    assert accuracy(NormClipping(1.5), ATTACKS["noise"], digits) > 0.8
+    assert accuracy(NormClipping(1.5), ATTACKS["backdoor"], digits) > 0.7
+
+
+def test_fltrust_survives_a_majority_and_the_median_does_not(digits: FederatedDataModule) -> None:
+    attack = [SignFlip(list(range(6)), 10.0)]
+    assert accuracy(FLTrust(DigitsDataModule(batch_size=32), num_examples=100), attack, digits) > 0.8
+    assert accuracy(CoordinateMedian(), attack, digits) < 0.4
+
+
+def test_a_little_is_enough_gets_past_the_median(digits: FederatedDataModule) -> None:
+    """Four of ten: the shift is small, and a rule that looks at distances keeps it."""
+    clean = accuracy(CoordinateMedian(4), [], digits)
+    attacked = accuracy(ALittleIsEnough(CoordinateMedian(4), [1, 3, 6, 8], z=1.5), [], digits)
+    assert attacked < clean - 0.1
+
+
+def test_the_default_shift_is_the_papers() -> None:
+    # n = 50, m = 24: s = 26 - 24 = 2 of 26 honest workers; Φ⁻¹(24 / 26) from a table of the normal distribution
+    assert little_z(50, 24) == pytest.approx(1.4261, abs=1e-4)
+    assert little_z(10, 2) == 0.0
+    assert np.isfinite(little_z(10, 6))
+    assert little_z(3, 3) == 0.0
+    assert little_z(10, 4) > 0

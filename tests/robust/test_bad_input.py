@@ -1,0 +1,72 @@
+"""Wrong values and cohorts that are too small say what to do instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from robust_zoo import Net, clients, root, train
+
+from fl_lightning.algorithms import FedAvg, Scaffold
+from fl_lightning.algorithms.fltrust import FLTrust
+from fl_lightning.algorithms.robust import (
+    ALittleIsEnough,
+    CoordinateMedian,
+    GeometricMedian,
+    Krum,
+    MultiKrum,
+    NormClipping,
+    TrimmedMean,
+)
+from fl_lightning.callbacks.attacks import LabelFlip, SignFlip
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CoordinateMedian(-1), "expected f to be an integer >= 0, got -1"),
+        (lambda: TrimmedMean(), "one of fraction and f, got fraction=None and f=None"),
+        (lambda: TrimmedMean(0.1, 1), "one of fraction and f, got fraction=0.1 and f=1"),
+        (lambda: TrimmedMean(0.5), r"fraction to be in \[0, 0.5\), got 0.5"),
+        (lambda: GeometricMedian(smoothing=0.0), "smoothing to be a finite number > 0"),
+        (lambda: GeometricMedian(max_iterations=0), "max_iterations to be an integer >= 1, got 0"),
+        (lambda: MultiKrum(1, 0), "expected m to be an integer >= 1, got 0"),
+        (lambda: NormClipping(0.0), "max_norm to be a finite number > 0"),
+        (lambda: FLTrust(root(), num_examples=25).root_data(), "at least num_examples=25 examples, got 24"),
+        (lambda: FLTrust(lambda: None).root_data(), "root data as a train loader.*got NoneType"),
+        (lambda: ALittleIsEnough(FedAvg(), []), "ids of attackers, got none"),
+        (lambda: SignFlip([]), r"list of the attackers' ids, got \[\]"),
+        (lambda: SignFlip("site-1"), "list of the attackers' ids, got 'site-1'"),
+        (lambda: LabelFlip(["a"]), "num_classes >= 2 or a mapping"),
+    ],
+)
+def test_values_out_of_range(make: Any, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (CoordinateMedian(3), r"f=3 .*f < n/2.*at least 7 clients, got 5.*clients_per_round=7.*smaller f"),
+        (TrimmedMean(f=3), r"at least 7 clients, got 5"),
+        (TrimmedMean(0.1), r"trims nobody of so few.*at least 10 clients, got 5.*larger fraction"),
+        (GeometricMedian(3), r"at least 7 clients, got 5"),
+        (Krum(2), r"f=2 needs 2 f \+ 3 clients: expected a cohort of at least 7 clients, got 5"),
+        (MultiKrum(1, 3), r"m=3 needs.*at least 6 clients, got 5"),
+    ],
+)
+def test_a_cohort_that_is_too_small(rule: Any, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        train(rule, Net())
+
+
+def test_an_attack_on_what_it_does_not_know() -> None:
+    with pytest.raises(MisconfigurationException, match="those of Scaffold contribute"):
+        train(ALittleIsEnough(Scaffold(), ["site-1"]), Net())
+
+
+def test_labels_that_cannot_be_exchanged() -> None:
+    with pytest.raises(MisconfigurationException, match="labels at 'label', got list"):
+        train(FedAvg(), Net(), clients(), client_callbacks=[LabelFlip(["site-0"], 3, target="label")])
