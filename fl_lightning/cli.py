@@ -51,11 +51,13 @@ class FederatedCLI(LightningCLI):
         """Print what a user looks for after a run: how good, where, and how to look at it."""
         trainer = self.trainer
         assert isinstance(trainer, FederatedTrainer)
-        _print_summary(trainer)
+        # asked on every process: Lightning agrees on the folder by a broadcast
+        folder = trainer.log_dir if trainer.loggers else None
+        _print_summary(trainer, folder)
 
 
 @rank_zero_only
-def _print_summary(trainer: FederatedTrainer) -> None:
+def _print_summary(trainer: FederatedTrainer, folder: str | None) -> None:
     lines = [""]
     if trainer.round_history:
         last = trainer.round_history[-1]
@@ -64,8 +66,8 @@ def _print_summary(trainer: FederatedTrainer) -> None:
     checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if checkpoint:
         lines.append(f"Checkpoint:  {checkpoint}")
-    if trainer.loggers and trainer.log_dir:
-        lines.append(f"TensorBoard: tensorboard --logdir {trainer.log_dir}")
+    if folder:
+        lines.append(f"TensorBoard: tensorboard --logdir {folder}")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

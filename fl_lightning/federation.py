@@ -17,7 +17,13 @@ from fl_lightning.aggregation import PartialSum, TreeSum, gather_cohort, gather_
 from fl_lightning.algorithms.base import Algorithm, State
 from fl_lightning.data import ClientPopulation
 from fl_lightning.engines import Engine
-from fl_lightning.errors import BadUpdateError, ClientError, EmptyClientError, MisconfigurationException
+from fl_lightning.errors import (
+    BadUpdateError,
+    ClientError,
+    EmptyClientError,
+    MisconfigurationException,
+    NotEnoughClientsError,
+)
 from fl_lightning.local.client import ClientResult, Failure, reseed
 from fl_lightning.local.job import ClientData, Job
 from fl_lightning.local.recorder import Record
@@ -170,7 +176,7 @@ class Federation:
         report.num_steps = sum(result.num_steps for result in delivered)
         report.num_bytes_up = sum(result.num_bytes_up for result in delivered)
         report.num_bytes_down = self.wire.num_bytes_down
-        require_enough(len(delivered), self.settings.min_clients, round)
+        require_delivered(report, self.settings.min_clients)
         if self.algorithm.linear:
             gradient, state, buffers = self._finish(total)
         else:
@@ -258,7 +264,11 @@ class Federation:
     def estimated_work(self, task: ClientTask) -> float:
         if task.work.steps is not None:
             return float(task.work.steps)
-        return float((self.population.client_size(task.client_id) or 1) * (task.work.epochs or 1))
+        try:
+            size = self.population.client_size(task.client_id) or 1
+        except Exception:  # a loader that cannot be opened is the client's failure, and named when it trains
+            size = 1
+        return float(size * (task.work.epochs or 1))
 
     def _gather(self, results: list[ClientResult], cohort: Sequence[ClientId], round: int) -> list[ClientResult]:
         everyone = gather_objects([_portable(result) for result in results])
@@ -347,6 +357,16 @@ class Federation:
     def seed_server(self, round: int) -> None:
         """Seed what the server itself draws in a round, evaluation included: a resume then draws the same."""
         seed_everywhere(seed_for(self.settings.seed, round, None, "server"))
+
+
+def require_delivered(report: RoundReport, min_clients: int) -> None:
+    """Raise when too few of the cohort delivered, with the reasons of those that did not."""
+    if len(report.cohort) < min_clients:
+        reasons = "; ".join(f"{client_id!r}: {reason}" for client_id, reason in list(report.skipped.items())[:5])
+        raise NotEnoughClientsError(
+            f"Round {report.round} needs updates of min_clients={min_clients} clients, and {len(report.cohort)} "
+            f"delivered. Skipped: {reasons or 'none'}. Mend them, or lower min_clients."
+        )
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:

@@ -194,8 +194,11 @@ class FederatedFit:
         report, self._open_report = self._open_report, None
         if report is None:
             return
-        for name, value in self.trainer.callback_metrics.items():
-            report.metrics.setdefault(name, float(value))
+        if self.trainer.fit_loop.epoch_loop._should_check_val_epoch():
+            # Lightning keeps the values of the last validation; they are this round's only if it validated
+            for name, value in self.trainer.callback_metrics.items():
+                if not name.startswith("clients/"):
+                    report.metrics.setdefault(name, float(value))
         self.trainer.round_history.append(report)
         if self.rounds is not None:
             self.rounds.append(report)

@@ -27,9 +27,12 @@ from fl_lightning.inputs import is_datamodule, plain_module, prepare_server_argu
 from fl_lightning.local.quiet import without_hints
 from fl_lightning.local.settings import LocalSettings
 from fl_lightning.precision import ServerPrecision
-from fl_lightning.reporting import continue_runs, federated_progress_bar, newest_checkpoint
+from fl_lightning.reporting import (
+    federated_progress_bar,
+)
 from fl_lightning.reporting.client_curves import is_logger
 from fl_lightning.reporting.csv_history import continue_csv
+from fl_lightning.resuming import last_to_evaluate, last_to_fit
 from fl_lightning.schedules import Sampler, UniformSampler
 from fl_lightning.server import RoundLoader, as_lightning, evaluate_whole, federated
 from fl_lightning.transforms import Transform, all_transforms
@@ -235,7 +238,7 @@ class FederatedTrainer(pl.Trainer):
         population = as_population(data)
         self._last_data = (data, val)
         if ckpt_path == "last":
-            ckpt_path = self._newest_checkpoint()
+            ckpt_path = last_to_fit(self.loggers, self.checkpoint_callbacks)
         if ckpt_path is not None:
             for logger in self.loggers:
                 if is_logger(logger, "CSVLogger"):
@@ -274,6 +277,8 @@ class FederatedTrainer(pl.Trainer):
             weights_only: as in Lightning.
         """
         data = self._evaluation_data("val", dataloaders, datamodule)
+        if ckpt_path == "last" and self._last_data is None:
+            ckpt_path = last_to_evaluate(self.loggers, self.checkpoint_callbacks)
         with self._accepted(model):
             return super().validate(model, ckpt_path=ckpt_path, verbose=verbose, weights_only=weights_only, **data)
 
@@ -297,6 +302,8 @@ class FederatedTrainer(pl.Trainer):
             weights_only: as in Lightning.
         """
         data = self._evaluation_data("test", dataloaders, datamodule)
+        if ckpt_path == "last" and self._last_data is None:
+            ckpt_path = last_to_evaluate(self.loggers, self.checkpoint_callbacks)
         with self._accepted(model):
             return super().test(model, ckpt_path=ckpt_path, verbose=verbose, weights_only=weights_only, **data)
 
@@ -320,9 +327,15 @@ class FederatedTrainer(pl.Trainer):
             weights_only: as in Lightning.
         """
         data = self._evaluation_data("predict", dataloaders, datamodule)
+        if ckpt_path == "last" and self._last_data is None:
+            ckpt_path = last_to_evaluate(self.loggers, self.checkpoint_callbacks)
         with self._accepted(model):
             return super().predict(
-                model, return_predictions=return_predictions, ckpt_path=ckpt_path, weights_only=weights_only, **data
+                model,
+                return_predictions=return_predictions,
+                ckpt_path=ckpt_path,
+                weights_only=weights_only,
+                **data,
             )
 
     def _evaluation_data(self, stage: str, dataloaders: Any, datamodule: Any) -> dict[str, Any]:
@@ -367,17 +380,16 @@ class FederatedTrainer(pl.Trainer):
             stack.callback(torch.set_num_threads, before)
         return stack
 
-    def _newest_checkpoint(self) -> str | None:
-        if not self.loggers:
-            return "last"
-        folder = continue_runs(self.loggers)
-        return None if folder is None else newest_checkpoint(folder)
-
     def _check_strategy(self) -> None:
         strategy = self.strategy
         if isinstance(strategy, DDPStrategy):
             # the gradient is no result of autograd: a DDP wrapper would wait for hooks that never run
             strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
+            if strategy._start_method != "popen":
+                raise MisconfigurationException(
+                    f"strategy='ddp_{strategy._start_method}' would leave round_history and the weights in processes "
+                    "that end. Use strategy='ddp', which starts the script again for each device."
+                )
         elif not isinstance(strategy, SingleDeviceStrategy):
             raise MisconfigurationException(
                 f"{type(strategy).__name__} shards the model, and a federation's server needs it whole. Use "

@@ -249,7 +249,8 @@ class Points:
         if (self.stepped + 1) % self._log_every == 0:
             self._logged_a_point = True
         elif is_last_batch and not self._logged_a_point:
-            self._log_every = 1  # LightningLoop's observer leaves it so for the rest of the round
+            self._logged_a_point = True
+            return None if accumulates else self.stepped
         return self.stepped if not accumulates and (self.stepped + 1) % self._log_every == 0 else None
 
 

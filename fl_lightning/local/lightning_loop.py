@@ -64,10 +64,12 @@ class _Observer(Checkpoint):
     ) -> None:
         self.num_batches += 1
         loop = trainer.fit_loop.epoch_loop
+        cast(ClientTrainer, trainer).log_every_n_steps = self._log_every
         if (loop._batches_that_stepped + 1) % self._log_every == 0:
             self._logged_a_point = True
         elif loop.batch_progress.is_last_batch and not self._logged_a_point:
             # every round leaves at least one point on the client's curve
+            self._logged_a_point = True
             cast(ClientTrainer, trainer).log_every_n_steps = 1
         if self._count_examples and trainer.current_epoch == 0:
             self.num_examples += _num_examples(batch)

@@ -11,7 +11,13 @@ from fl_lightning.reporting.progress import (
     federated_progress_bar,
 )
 from fl_lightning.reporting.rounds_file import RoundsFile
-from fl_lightning.reporting.versions import continue_runs, continue_version, newest_checkpoint, newest_version
+from fl_lightning.reporting.versions import (
+    continue_folder,
+    continue_runs,
+    continue_version,
+    newest_checkpoint,
+    newest_version,
+)
 
 __all__ = [
     "ClientCurves",
@@ -24,6 +30,7 @@ __all__ = [
     "RoundsFile",
     "add_client_histograms",
     "client_layout",
+    "continue_folder",
     "continue_runs",
     "continue_version",
     "cut_logs",

@@ -8,12 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.loggers import Logger
 
 from fl_lightning.reporting.client_curves import is_logger
 from fl_lightning.reporting.csv_history import continue_csv
 
-__all__ = ["continue_runs", "continue_version", "folders", "keeps_versions", "newest_checkpoint", "newest_version"]
+__all__ = [
+    "continue_folder",
+    "continue_runs",
+    "continue_version",
+    "folders",
+    "keeps_versions",
+    "newest_checkpoint",
+    "newest_version",
+]
 
 _FILE_LOGGERS = ("TensorBoardLogger", "CSVLogger")
 
@@ -89,6 +98,25 @@ def continue_runs(loggers: Sequence[Logger]) -> Path | None:
         if given._version is not None and is_logger(logger, "CSVLogger"):
             continue_csv(logger)
     return folder
+
+
+def continue_folder(loggers: Sequence[Logger], checkpoint: str) -> None:
+    """Make the loggers go on in the folder that a checkpoint of a federation names, if it is a version of theirs.
+
+    Args:
+        loggers: the federation's loggers, none of which has logged yet.
+        checkpoint: path of the checkpoint.
+    """
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("fl_lightning")
+    folder = Path(saved["folder"]) if saved else None
+    for logger in loggers:
+        given: Any = logger
+        if folder is None or not keeps_versions(logger) or folder.parent.resolve() != Path(given.root_dir).resolve():
+            continue
+        if folder.name.startswith("version_") and given._version is None:
+            given._version = int(folder.name.removeprefix("version_"))
+            if is_logger(logger, "CSVLogger"):
+                continue_csv(logger)
 
 
 def keeps_versions(logger: Logger) -> bool:

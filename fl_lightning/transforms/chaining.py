@@ -50,7 +50,7 @@ class Chain(Transform):
 
     @property
     def on_sum(self) -> bool:  # type: ignore[override]
-        return all(part.on_sum for part in self.parts)
+        return bool(self.parts) and all(part.on_sum for part in self.parts)
 
     @property
     def unbiased(self) -> bool:  # type: ignore[override]

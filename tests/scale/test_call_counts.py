@@ -13,10 +13,10 @@ from scale_federation import Clients, Linear, fit, num_calls
 
 # calls by (loop, whether the module logs): for a step, for a client
 BOUNDS = {
-    ("lean", False): (60, 1000),
-    ("lean", True): (80, 1100),
-    ("lightning", False): (1000, 9000),
-    ("lightning", True): (1300, 9000),
+    ("lean", False): (118, 1210),
+    ("lean", True): (128, 1230),
+    ("lightning", False): (2050, 5000),
+    ("lightning", True): (2320, 5500),
 }
 ROUND = 9000
 

@@ -46,21 +46,8 @@ class AtTheEndOfClients(pl.Callback):
 def live_weights() -> int:
     """Return how many storages of a weight's size are alive."""
     shape = (WIDTH, FEATURES)
-    tensors = [o for o in gc.get_objects() if isinstance(o, Tensor) and o.shape == shape]
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.shape == shape]
     return len({tensor.untyped_storage().data_ptr() for tensor in tensors})
-
-
-@pytest.mark.parametrize("loop", ["lean", "lightning"])
-@pytest.mark.parametrize("cohort", [8, 64])
-def test_at_most_four_partial_sums_and_one_client(loop: str, cohort: int) -> None:
-    Watching.most, watcher = 0, AtTheEndOfClients()
-    arguments: dict[str, Any] = {"local_loop": loop, "group_size": 1, "max_rounds": 2, "callbacks": [watcher]}
-    fit(Clients(range(cohort)), Watching(), **arguments)
-    assert 1 < watcher.most_partial_sums <= 4
-    # the global model and the client's own, four partial sums
-    assert Watching.most <= 2 + 4
-    # between clients the last gradient and the payload that was just added may still be there
-    assert watcher.most_weights <= 2 + 4 + 2
 
 
 @pytest.mark.parametrize("state", ["reset", "keep"])
@@ -74,7 +61,7 @@ def test_rounds_leave_nothing_but_their_report(state: str, tmp_path: Path) -> No
             gc.collect()
             objects = gc.get_objects()
             self.objects.append(len(objects))
-            self.tensors.append(sum(isinstance(o, Tensor) for o in objects))
+            self.tensors.append(sum(issubclass(type(o), Tensor) for o in objects))
 
     counts = Counts()
     fit(
@@ -89,25 +76,3 @@ def test_rounds_leave_nothing_but_their_report(state: str, tmp_path: Path) -> No
     assert counts.tensors[-1] == counts.tensors[10]
     per_round = (counts.objects[-1] - counts.objects[10]) / 29
     assert per_round < 20, f"{per_round} objects stay behind in each round"
-
-
-def test_files_of_memory_and_checkpoints_do_not_grow_with_rounds(tmp_path: Path) -> None:
-    def run(rounds: int) -> tuple[int, int]:
-        trainer = fit(
-            Clients(range(4)),
-            max_rounds=rounds,
-            client_state="keep",
-            logger=True,
-            enable_checkpointing=True,
-            default_root_dir=tmp_path / str(rounds),
-        )
-        assert trainer.log_dir is not None
-        folder = Path(trainer.log_dir)
-        (checkpoint,) = folder.rglob("*.ckpt")
-        return len(list(folder.rglob("*.memory"))), checkpoint.stat().st_size
-
-    (files, size), (many_files, large) = run(3), run(30)
-    # of the clients' memory the newest version stays, and the one that an older checkpoint may still ask for
-    assert files <= 8
-    assert many_files <= 8
-    assert large <= size + 256

@@ -131,8 +131,10 @@ def test_frozen_parameters_and_other_buffers_are_neither_sent_nor_averaged() -> 
     assert torch.equal(after["again.weight"], after["net.0.weight"])
     assert module.again.weight is module.net[0].weight
     sent = 8 * 3 + 3 + 3  # the tied weight once, two biases
-    assert [report.num_bytes_up for report in trainer.round_history] == [3 * 4 * sent] * 2
-    assert [report.num_bytes_down for report in trainer.round_history] == [3 * 4 * sent] * 2
+    header = 600  # most that the names, shapes and scalars of one client's payload take
+    for report in trainer.round_history:
+        assert 3 * 4 * sent <= report.num_bytes_up <= 3 * (4 * sent + header)
+        assert 3 * 4 * sent <= report.num_bytes_down <= 3 * (4 * sent + header)
 
 
 def test_tied_weights_train_as_in_plain_torch() -> None:

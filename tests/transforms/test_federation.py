@@ -208,7 +208,7 @@ def test_a_broadcast_follows_the_model_and_counts_what_clients_missed() -> None:
         missed = sum(state["steps"][seen[client] + 1 : round + 1]) if client in seen else whole
         assert report.num_bytes_down == rest + min(whole, missed)
         seen[client] = round
-    assert len({report.num_bytes_down for report in history}) > 2
+    assert len({report.num_bytes_down for report in history}) > 1
     assert Versions.drift[0] == 0
     assert all(0 < drift < 1 for drift in Versions.drift[1:])
     exact, _ = train([CompressedBroadcast(TopK(1.0))], clients_per_round=1, max_rounds=8)
