@@ -22,13 +22,12 @@ from fl_lightning.errors import (
     ClientError,
     EmptyClientError,
     MisconfigurationException,
-    NotEnoughClientsError,
 )
 from fl_lightning.local.client import ClientResult, Failure, reseed
 from fl_lightning.local.job import ClientData, Job
 from fl_lightning.local.recorder import Record
 from fl_lightning.local.settings import LocalSettings
-from fl_lightning.schedules import Sampler, assign_lanes, cohort_size, lanes_of_rank, require_enough
+from fl_lightning.schedules import Sampler, assign_lanes, cohort_size, lanes_of_rank, require_delivered, require_enough
 from fl_lightning.schedules.lanes import sort_key
 from fl_lightning.seeding import seed_everywhere, seed_for
 from fl_lightning.store import ClientStore
@@ -357,16 +356,6 @@ class Federation:
     def seed_server(self, round: int) -> None:
         """Seed what the server itself draws in a round, evaluation included: a resume then draws the same."""
         seed_everywhere(seed_for(self.settings.seed, round, None, "server"))
-
-
-def require_delivered(report: RoundReport, min_clients: int) -> None:
-    """Raise when too few of the cohort delivered, with the reasons of those that did not."""
-    if len(report.cohort) < min_clients:
-        reasons = "; ".join(f"{client_id!r}: {reason}" for client_id, reason in list(report.skipped.items())[:5])
-        raise NotEnoughClientsError(
-            f"Round {report.round} needs updates of min_clients={min_clients} clients, and {len(report.cohort)} "
-            f"delivered. Skipped: {reasons or 'none'}. Mend them, or lower min_clients."
-        )
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:

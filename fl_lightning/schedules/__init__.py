@@ -8,7 +8,7 @@ from fl_lightning.schedules.samplers import (
     RoundRobinSampler,
     SizeSampler,
 )
-from fl_lightning.schedules.sampling import Sampler, UniformSampler, cohort_size, require_enough
+from fl_lightning.schedules.sampling import Sampler, UniformSampler, cohort_size, require_delivered, require_enough
 
 __all__ = [
     "FixedSampler",
@@ -21,5 +21,6 @@ __all__ = [
     "assign_lanes",
     "cohort_size",
     "lanes_of_rank",
+    "require_delivered",
     "require_enough",
 ]

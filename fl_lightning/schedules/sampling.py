@@ -9,9 +9,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fl_lightning.errors import NotEnoughClientsError
 from fl_lightning.seeding import seed_for
-from fl_lightning.types import ClientId, Population
+from fl_lightning.types import ClientId, Population, RoundReport
 
-__all__ = ["Sampler", "UniformSampler", "cohort_size", "require_enough"]
+__all__ = ["Sampler", "UniformSampler", "cohort_size", "require_delivered", "require_enough"]
 
 
 def cohort_size(clients_per_round: int | float | None, num_clients: int) -> int:
@@ -81,4 +81,14 @@ def require_enough(available: int, min_clients: int, round: int) -> None:
             f"Round {round} needs min_clients={min_clients}, but only {available} "
             f"{'client is' if available == 1 else 'clients are'} available. "
             "Lower min_clients, or bring more clients into the population."
+        )
+
+
+def require_delivered(report: RoundReport, min_clients: int) -> None:
+    """Raise when too few of the cohort delivered, with the reasons of those that did not."""
+    if len(report.cohort) < min_clients:
+        reasons = "; ".join(f"{client_id!r}: {reason}" for client_id, reason in list(report.skipped.items())[:5])
+        raise NotEnoughClientsError(
+            f"Round {report.round} needs updates of min_clients={min_clients} clients, and {len(report.cohort)} "
+            f"delivered. Skipped: {reasons or 'none'}. Mend them, or lower min_clients."
         )

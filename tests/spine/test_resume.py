@@ -112,7 +112,10 @@ def test_two_runs_are_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_best_and_last_without_a_checkpoint(tmp_path: Path) -> None:
-    module, trainer = long_run(tmp_path / "new", 1, ckpt="last")  # nothing is there: as in plain Lightning it starts
+    with pytest.warns(UserWarning, match="finds no checkpoint of a run of this name"):
+        module, trainer = long_run(
+            tmp_path / "new", 1, ckpt="last"
+        )  # nothing is there: as in plain Lightning it starts
     assert len(trainer.round_history) == 1
     fresh = FederatedTrainer(max_rounds=1, **QUIET)
     with pytest.raises(Exception, match="best"):
