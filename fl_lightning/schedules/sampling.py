@@ -89,6 +89,6 @@ def require_delivered(report: RoundReport, min_clients: int) -> None:
     if len(report.cohort) < min_clients:
         reasons = "; ".join(f"{client_id!r}: {reason}" for client_id, reason in list(report.skipped.items())[:5])
         raise NotEnoughClientsError(
-            f"Round {report.round} needs updates of min_clients={min_clients} clients, and {len(report.cohort)} "
-            f"delivered. Skipped: {reasons or 'none'}. Mend them, or lower min_clients."
+            f"Round {report.round} needs min_clients={min_clients}, but only {len(report.cohort)} clients delivered. "
+            f"Skipped: {reasons or 'none'}. Mend them, or lower min_clients."
         )
