@@ -242,6 +242,7 @@ def test_a_run_that_is_stopped_in_a_round_goes_on_as_if_it_never_was(
 def test_the_trainer_of_the_command_line_is_the_federated_one(
     own_module: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(own_module)
     monkeypatch.setattr(sys, "argv", ["fl-lightning", "fit", *own_arguments()])
     cli = FederatedCLI()
     assert isinstance(cli.trainer, FederatedTrainer)
