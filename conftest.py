@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch.utils.data import BatchSampler, DataLoader
 
 ROOT = Path(__file__).parent
 
@@ -73,6 +74,17 @@ def seeded_generators() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (the legacy generator is the one that code under test may draw from)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unpatched_loaders() -> Iterator[None]:
+    """Put back what Lightning leaves on torch's loaders when a user's ``train_dataloader`` raises."""
+    yield
+    for loader in (DataLoader, BatchSampler):
+        for name in ("__init__", "__setattr__", "__delattr__"):
+            if f"__old{name}" in vars(loader):
+                setattr(loader, name, vars(loader)[f"__old{name}"])
+                delattr(loader, f"__old{name}")
 
 
 @pytest.fixture(autouse=True)

@@ -182,14 +182,18 @@ class _Arguments:
 def recorded_arguments() -> Iterator[None]:
     """Record the arguments of every ``DataLoader`` and ``BatchSampler`` built inside, as Lightning's own hooks do.
 
-    Lightning's patch must not be nested: the outer exit would find nothing to restore and leave the patch for good.
+    Lightning's patch must not be nested: the outer exit would find nothing to restore and leave the patch for good. Nor
+    may an error reach it, for it restores nothing then.
     """
-    with ExitStack() as stack:
-        if "__old__init__" not in DataLoader.__dict__:
-            stack.enter_context(_replace_dunder_methods(DataLoader, "dataset"))
-        if "__old__init__" not in BatchSampler.__dict__:
-            stack.enter_context(_replace_dunder_methods(BatchSampler))
+    stack = ExitStack()
+    if "__old__init__" not in DataLoader.__dict__:
+        stack.enter_context(_replace_dunder_methods(DataLoader, "dataset"))
+    if "__old__init__" not in BatchSampler.__dict__:
+        stack.enter_context(_replace_dunder_methods(BatchSampler))
+    try:
         yield
+    finally:
+        stack.close()
 
 
 def require_batches(loader: Any, client_id: ClientId, round: int = 0) -> None:

@@ -307,6 +307,14 @@ def test_recording_does_not_stay_behind() -> None:
     assert (DataLoader.__init__, BatchSampler.__init__) == original
 
 
+def test_recording_does_not_stay_behind_an_error() -> None:
+    """Lightning's patch restores nothing when a user's hook raises; every later DataLoader would be slower."""
+    original = DataLoader.__init__, BatchSampler.__init__
+    with pytest.raises(ValueError, match="by the user"), recorded_arguments():
+        raise ValueError("by the user")
+    assert (DataLoader.__init__, BatchSampler.__init__) == original
+
+
 class Stream(IterableDataset[int]):
     def __iter__(self) -> Iterator[int]:
         return iter(range(3))
