@@ -110,7 +110,7 @@ class LabelFlip(Attack):
         if isinstance(batch, list | dict):
             try:
                 labels = batch[self.target]  # type: ignore[index]
-            except (IndexError, KeyError):
+            except (IndexError, KeyError, TypeError):  # the last: a key for a list
                 labels = None
         if not isinstance(labels, Tensor):
             raise MisconfigurationException(

@@ -8,14 +8,15 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from robust_zoo import Net, clients, identical, quiet_trainer, train
+from robust_zoo import Net, clients, cohort_of, identical, joined, quiet_trainer, train, weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fl_lightning import IID, FederatedDataModule
+from fl_lightning import IID, Dirichlet, FederatedDataModule
 from fl_lightning.algorithms import Algorithm, FedAvg
 from fl_lightning.algorithms.fltrust import FLTrust
 from fl_lightning.algorithms.robust import (
+    ALittleIsEnough,
     Cohort,
     CoordinateMedian,
     GeometricMedian,
@@ -102,6 +103,19 @@ def test_attacks_can_be_combined() -> None:
         assert torch.allclose(boosted[ATTACKER][name], 5 * delta, rtol=1e-4, atol=1e-6)
 
 
+def test_in_a_plain_trainer_an_attack_does_nothing() -> None:
+    module, other = Net(), Net()
+    other.load_state_dict(module.state_dict())
+    before = weights(module)
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    attacks: list[pl.Callback] = [SignFlip(["a"]), LabelFlip(["a"], 3), NoiseAttack(["a"], 5.0)]
+    for net, callbacks in ((module, attacks), (other, [])):
+        trainer = pl.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, callbacks=callbacks, **quiet)
+        trainer.fit(net, clients(shuffle=False)["site-0"])
+    assert identical(weights(module), weights(other))
+    assert not identical(weights(module), before)
+
+
 class Digits(pl.LightningModule):
     """Logs nothing: many small federations are trained here."""
 
@@ -170,6 +184,26 @@ def test_fltrust_survives_a_majority_and_the_median_does_not(digits: FederatedDa
     attack = [SignFlip(list(range(6)), 10.0)]
     assert accuracy(FLTrust(DigitsDataModule(batch_size=32), num_examples=100), attack, digits) > 0.8
     assert accuracy(CoordinateMedian(), attack, digits) < 0.4
+
+
+def test_a_little_is_enough_gets_past_the_median() -> None:
+    """Four of ten, among unlike clients: the shift is counted in standard deviations of the honest updates, which are
+    large here. Among clients that are alike it is small, and costs a few points only."""
+    unlike = FederatedDataModule(DigitsDataModule(batch_size=32), Dirichlet(num_clients=10, alpha=1.0))
+    unlike.setup("fit")
+    clean = accuracy(CoordinateMedian(4), [], unlike)
+    attacked = accuracy(ALittleIsEnough(CoordinateMedian(4), [1, 3, 6, 8], z=1.5), [], unlike)
+    assert clean > 0.7
+    assert attacked < clean - 0.15
+
+
+def test_krum_prefers_attackers_that_stay_inside_the_spread() -> None:
+    """Distances do not give them away: what Krum takes is the attackers' update, in every coordinate."""
+    draw = np.random.default_rng(0)
+    rows = draw.normal(size=(11, 200))
+    attack = ALittleIsEnough(Krum(4), [f"c{k:03d}" for k in range(4)], z=0.5)
+    gradient, _ = attack.combine(cohort_of(rows), {}, num_clients=11)
+    assert joined(gradient) == pytest.approx(-(rows.mean(0) - 0.5 * rows.std(0)))
 
 
 def test_the_default_shift_is_the_papers() -> None:

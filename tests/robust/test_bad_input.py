@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from robust_zoo import Net, root, train
+from robust_zoo import Net, clients, root, train
 
 from fl_lightning.algorithms import FedAvg, Scaffold
 from fl_lightning.algorithms.fltrust import FLTrust
@@ -20,6 +21,7 @@ from fl_lightning.algorithms.robust import (
     TrimmedMean,
 )
 from fl_lightning.callbacks.attacks import LabelFlip, SignFlip
+from fl_lightning.types import ClientTask
 
 
 @pytest.mark.parametrize(
@@ -65,3 +67,18 @@ def test_a_cohort_that_is_too_small(rule: Any, message: str) -> None:
 def test_an_attack_on_what_it_does_not_know() -> None:
     with pytest.raises(MisconfigurationException, match="those of Scaffold contribute"):
         train(ALittleIsEnough(Scaffold(), ["site-1"]), Net())
+
+
+def test_labels_that_cannot_be_exchanged() -> None:
+    with pytest.raises(MisconfigurationException, match="labels at 'label', got list"):
+        train(FedAvg(), Net(), clients(), client_callbacks=[LabelFlip(["site-0"], 3, target="label")])
+
+
+def test_labels_of_a_tuple_or_of_a_dict_without_them() -> None:
+    flip = LabelFlip(["site-0"], 3)
+    flip.begin(ClientTask("site-0", 0, 0, {}, seed=0), {})
+    module = Net()
+    with pytest.raises(MisconfigurationException, match=r"labels at -1, got tuple.*let collate_fn return a list"):
+        flip.on_train_batch_start(None, module, (torch.zeros(1), torch.zeros(1)), 0)  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match=r"labels at -1, got dict.*target='label'"):
+        flip.on_train_batch_start(None, module, {"x": torch.zeros(1)}, 0)  # type: ignore[arg-type]
