@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,24 +45,35 @@ class FederatedFit:
         trainer: the federation's Trainer.
         module: the user's module before it becomes the server; clients train in a copy of it.
         population: the clients.
+        goes_on: :meth:`state_dict` at the end of the fit before, when this one goes on with its rounds.
     """
 
-    def __init__(self, trainer: FederatedTrainer, module: pl.LightningModule, population: ClientPopulation) -> None:
+    def __init__(
+        self,
+        trainer: FederatedTrainer,
+        module: pl.LightningModule,
+        population: ClientPopulation,
+        goes_on: dict[str, Any] | None = None,
+    ) -> None:
         self.trainer = trainer
         self.population = population
         self.worker = twin_of(copied_module(module))
         self._name = type(module).__name__
-        self._restored: dict[str, Any] | None = None
+        self._restored = goes_on
         self._outcome: RoundOutcome | None = None
         self._open_report: RoundReport | None = None
         self._federation: Federation | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._given_callbacks = {id(callback) for callback in trainer.callbacks}
 
     @property
     def federation(self) -> Federation:
         assert self._federation is not None, "the fit has not started"
         return self._federation
+
+    @property
+    def started(self) -> bool:
+        """Whether there is anything to save yet."""
+        return self._federation is not None
 
     # ---- start and end -----------------------------------------------------------------------------------------
 
@@ -106,8 +119,6 @@ class FederatedFit:
         if self._federation is not None:
             self.curves.close()
             self._federation = None
-        if self._folder is not None:
-            self._folder.cleanup()
 
     def _relax_module_callbacks(self) -> None:
         """Let the module's own early stopping wait in vain when the clients validate and the server does not."""
@@ -128,9 +139,9 @@ class FederatedFit:
             folder = self.trainer.log_dir or self.trainer.default_root_dir
         elif self.trainer.checkpoint_callbacks and not self.trainer.fast_dev_run:
             folder = os.path.join(self.trainer.default_root_dir, "federation")
-        else:  # nothing is to stay on disk
-            self._folder = tempfile.TemporaryDirectory(prefix="fl_lightning-")
-            folder = self._folder.name
+        else:  # nothing is to stay on disk, but `trainer.save_checkpoint` may still come after the fit
+            folder = tempfile.mkdtemp(prefix="fl_lightning-")
+            weakref.finalize(self.trainer, shutil.rmtree, folder, ignore_errors=True)
         return Path(self.trainer.strategy.broadcast(str(folder)))
 
     # ---- a round, in the order in which Lightning calls --------------------------------------------------------
@@ -237,6 +248,7 @@ class FederatedFit:
         return {
             "format": _FORMAT,
             "algorithm": type(federation.algorithm).__name__,
+            "server_optimizer": type(self.trainer.optimizers[0]).__name__,
             "round": len(self.trainer.round_history),
             "seed": self.trainer.settings.seed,
             "state": copy.deepcopy(federation.state),
@@ -285,12 +297,22 @@ class FederatedFit:
             )
         self._restored = saved
 
+    def _require_same_optimizer(self, saved: dict[str, Any]) -> None:
+        now, before = type(self.trainer.optimizers[0]).__name__, saved["server_optimizer"]
+        if now != before:
+            raise MisconfigurationException(
+                f"The checkpoint holds the state of the server optimizer {before}, and this trainer has {now}. Resume "
+                f"with server_optimizer={before}, or start anew from the checkpoint's weights: "
+                f"trainer.fit({self._name}.load_from_checkpoint(path), ...)."
+            )
+
     def _resume(self, folder: Path) -> None:
         saved, federation = self._restored, self.federation
         if saved is None:
             if self.rounds is not None:
                 self.rounds.truncate_to(0, None)
             return
+        self._require_same_optimizer(saved)
         if saved["state"]:
             federation.state = _on_device(saved["state"], federation.device)
         federation.num_dispatched = saved["num_dispatched"]

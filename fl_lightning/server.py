@@ -128,7 +128,7 @@ class _Server:
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
-        checkpoint["fl_lightning"] = self.trainer.federated_fit.state_dict()
+        checkpoint["fl_lightning"] = self.trainer.federated_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.trainer.federated_fit.check_and_take(checkpoint)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,28 +22,27 @@ from fl_lightning.arguments import divide
 from fl_lightning.data import as_population
 from fl_lightning.data.forwarding import as_lightning_datamodule
 from fl_lightning.engines import Engine, InProcessEngine
+from fl_lightning.evaluating import EvaluatingTrainer
 from fl_lightning.federation import FederationSettings
 from fl_lightning.fitting import FederatedFit
-from fl_lightning.inputs import is_datamodule, plain_module, prepare_server_arguments, sort_data
+from fl_lightning.inputs import plain_module, prepare_server_arguments, sort_data
 from fl_lightning.local.quiet import without_hints
 from fl_lightning.local.settings import LocalSettings
 from fl_lightning.precision import ServerPrecision
-from fl_lightning.reporting import (
-    federated_progress_bar,
-)
+from fl_lightning.reporting import federated_progress_bar
 from fl_lightning.reporting.client_curves import is_logger
 from fl_lightning.reporting.csv_history import continue_csv
-from fl_lightning.resuming import last_to_evaluate, last_to_fit
+from fl_lightning.resuming import last_to_fit, require_best, require_whole
 from fl_lightning.schedules import Sampler, UniformSampler
-from fl_lightning.server import RoundLoader, as_lightning, evaluate_whole, federated
+from fl_lightning.server import RoundLoader, evaluate_whole, federated
 from fl_lightning.transforms import Transform, all_transforms
 from fl_lightning.types import RoundReport
-from fl_lightning.validation import check_arguments
+from fl_lightning.validation import check_arguments, check_parts
 
 __all__ = ["FederatedTrainer"]
 
 
-class FederatedTrainer(pl.Trainer):
+class FederatedTrainer(EvaluatingTrainer):
     """Trains a ``LightningModule`` on clients that keep their data.
 
     One epoch of this Trainer is one federated round: the global model goes to a cohort, every client trains it, and
@@ -53,7 +53,7 @@ class FederatedTrainer(pl.Trainer):
         algorithm: what clients contribute and what the server does with the sum; ``None`` is ``FedAvg()``.
         max_rounds: rounds to train; the federated name of ``max_epochs``.
         clients_per_round: cohort size, as a count, a fraction in (0, 1], or ``None`` for everyone.
-        local_epochs: passes of a client over its data in a round.
+        local_epochs: passes of a client over its data in a round; ``None`` is 1.
         local_steps: optimizer steps of a client in a round, instead of ``local_epochs``.
         local_loop: ``"lightning"`` trains each client in a real Trainer, ``"lean"`` in a direct loop for plain
             modules, ``"auto"`` takes the fastest that is exact for this module.
@@ -104,7 +104,7 @@ class FederatedTrainer(pl.Trainer):
         algorithm: Algorithm | None = None,
         max_rounds: int | None = None,
         clients_per_round: int | float | None = None,
-        local_epochs: int = 1,
+        local_epochs: int | None = None,
         local_steps: int | None = None,
         local_loop: Literal["auto", "lightning", "lean"] = "auto",
         group_size: int | Literal["auto"] = "auto",
@@ -127,10 +127,11 @@ class FederatedTrainer(pl.Trainer):
         num_lanes: int = 8,
         **kwargs: Any,
     ) -> None:
+        check_parts({"sampler": sampler, "engine": engine, "client_lr_schedule": client_lr_schedule}, client_callbacks)
         self.settings = FederationSettings(
             algorithm=algorithm if algorithm is not None else FedAvg(),
             clients_per_round=clients_per_round,
-            local_epochs=local_epochs,
+            local_epochs=1 if local_epochs is None else local_epochs,
             local_steps=local_steps,
             min_clients=min_clients,
             on_bad_update=on_bad_update,
@@ -142,19 +143,18 @@ class FederatedTrainer(pl.Trainer):
             evaluate_every_n_rounds=evaluate_every_n_rounds,
             num_lanes=num_lanes,
         )
-        check_arguments(self.settings, max_rounds, kwargs, local_loop, group_size, client_state)
+        check_arguments(self.settings, max_rounds, kwargs, local_loop, group_size, client_state, local_epochs)
         self._client_arguments = divide(kwargs)
         self._client_callbacks = (
             [client_callbacks] if isinstance(client_callbacks, Callback) else client_callbacks or []
         )
         self._local_loop, self._group_size, self._client_state = local_loop, group_size, client_state
-        self.local_epochs, self.local_steps = local_epochs, local_steps
         self.log_clients, self.fleet = log_clients, fleet
         self.sampler = sampler if sampler is not None else UniformSampler()
         self.engine = engine if engine is not None else InProcessEngine()
         self.num_threads = num_threads
         self.round_history: list[RoundReport] = []
-        self._last_data: tuple[Any, Any] | None = None
+        self._last_state: dict[str, Any] | None = None
         self._fit: FederatedFit | None = None
         prepare_server_arguments(kwargs, max_rounds, self.settings.algorithm)
         super().__init__(**kwargs)
@@ -180,6 +180,16 @@ class FederatedTrainer(pl.Trainer):
         return self.settings.algorithm
 
     @property
+    def local_epochs(self) -> int | None:
+        """Passes of a client over its data in a round; ``None`` where ``local_steps`` counts."""
+        return None if self.settings.local_steps is not None else self.settings.local_epochs
+
+    @property
+    def local_steps(self) -> int | None:
+        """Optimizer steps of a client in a round; ``None`` where ``local_epochs`` counts."""
+        return self.settings.local_steps
+
+    @property
     def current_round(self) -> int:
         """The 0-based round that is running, or the number of finished ones."""
         return self.current_epoch
@@ -189,6 +199,12 @@ class FederatedTrainer(pl.Trainer):
         """The fit that is running."""
         assert self._fit is not None, "no fit is running"
         return self._fit
+
+    def federated_state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the fit that is running, or else of the last one."""
+        if self._fit is None and self._last_state is not None:
+            return copy.deepcopy(self._last_state)
+        return self.federated_fit.state_dict()
 
     def local_settings(self) -> LocalSettings:
         """Return how clients train, as far as the arguments say it."""
@@ -239,6 +255,10 @@ class FederatedTrainer(pl.Trainer):
         self._last_data = (data, val)
         if ckpt_path == "last":
             ckpt_path = last_to_fit(self.loggers, self.checkpoint_callbacks)
+        elif ckpt_path == "best":
+            require_best(self.checkpoint_callbacks)
+        elif ckpt_path is not None:
+            require_whole(ckpt_path)
         if ckpt_path is not None:
             for logger in self.loggers:
                 if is_logger(logger, "CSVLogger"):
@@ -246,118 +266,32 @@ class FederatedTrainer(pl.Trainer):
         arguments: dict[str, Any] = {"datamodule": as_lightning_datamodule(data)}
         if isinstance(data, Mapping):
             arguments = {"train_dataloaders": RoundLoader(), "val_dataloaders": val}
-        if ckpt_path is None:
+        goes_on = self._last_state if ckpt_path is None and self._is_last(model) else None
+        if ckpt_path is None and goes_on is None:
             self.round_history.clear()
         with ExitStack() as stack:
-            self._fit = fit = FederatedFit(self, plain_module(model), population)
+            self._fit = fit = FederatedFit(self, plain_module(model), population, goes_on)
             stack.callback(self._close_fit)
             stack.enter_context(self._threads())
             stack.enter_context(without_hints())
             server = stack.enter_context(federated(plain_module(model)))
             super().fit(server, ckpt_path=ckpt_path, weights_only=weights_only, **arguments)
-        del fit
+            self._last_state = fit.state_dict() if fit.started else None
 
-    def validate(
-        self,
-        model: pl.LightningModule | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: Any = None,
-        weights_only: bool | None = None,
-    ) -> Any:
-        """Validate the global model on the server's data; without data, on the last fit's.
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint of the global model, from which ``fit(ckpt_path=...)`` goes on; also after a fit.
 
         Args:
-            model: the module; without one, that of the last fit.
-            dataloaders: validation loaders, or a data module.
-            ckpt_path: a checkpoint to load first: a path, "best" or "last".
-            verbose: print the results.
-            datamodule: a data module with ``val_dataloader``.
-            weights_only: as in Lightning.
+            filepath: where.
+            weights_only: leave out what only a resume needs.
+            storage_options: as in Lightning.
         """
-        data = self._evaluation_data("val", dataloaders, datamodule)
-        if ckpt_path == "last" and self._last_data is None:
-            ckpt_path = last_to_evaluate(self.loggers, self.checkpoint_callbacks)
-        with self._accepted(model):
-            return super().validate(model, ckpt_path=ckpt_path, verbose=verbose, weights_only=weights_only, **data)
-
-    def test(
-        self,
-        model: pl.LightningModule | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: Any = None,
-        weights_only: bool | None = None,
-    ) -> Any:
-        """Test the global model on the server's data; without data, on the last fit's.
-
-        Args:
-            model: the module; without one, that of the last fit.
-            dataloaders: test loaders, or a data module.
-            ckpt_path: a checkpoint to load first: a path, "best" or "last".
-            verbose: print the results.
-            datamodule: a data module with ``test_dataloader``.
-            weights_only: as in Lightning.
-        """
-        data = self._evaluation_data("test", dataloaders, datamodule)
-        if ckpt_path == "last" and self._last_data is None:
-            ckpt_path = last_to_evaluate(self.loggers, self.checkpoint_callbacks)
-        with self._accepted(model):
-            return super().test(model, ckpt_path=ckpt_path, verbose=verbose, weights_only=weights_only, **data)
-
-    def predict(
-        self,
-        model: pl.LightningModule | None = None,
-        dataloaders: Any = None,
-        datamodule: Any = None,
-        return_predictions: bool | None = None,
-        ckpt_path: str | Path | None = None,
-        weights_only: bool | None = None,
-    ) -> Any:
-        """Predict with the global model on the server's data; without data, on the last fit's.
-
-        Args:
-            model: the module; without one, that of the last fit.
-            dataloaders: loaders, or a data module.
-            datamodule: a data module with ``predict_dataloader``.
-            return_predictions: as in Lightning.
-            ckpt_path: a checkpoint to load first: a path, "best" or "last".
-            weights_only: as in Lightning.
-        """
-        data = self._evaluation_data("predict", dataloaders, datamodule)
-        if ckpt_path == "last" and self._last_data is None:
-            ckpt_path = last_to_evaluate(self.loggers, self.checkpoint_callbacks)
-        with self._accepted(model):
-            return super().predict(
-                model,
-                return_predictions=return_predictions,
-                ckpt_path=ckpt_path,
-                weights_only=weights_only,
-                **data,
-            )
-
-    def _evaluation_data(self, stage: str, dataloaders: Any, datamodule: Any) -> dict[str, Any]:
-        if datamodule is None and is_datamodule(dataloaders):
-            dataloaders, datamodule = None, dataloaders
-        if dataloaders is None and datamodule is None and self._last_data is not None:
-            data, val = self._last_data
-            if isinstance(data, Mapping):
-                dataloaders = val if stage == "val" else None
-            else:
-                datamodule = data
-        if datamodule is not None:
-            return {"dataloaders": dataloaders, "datamodule": as_lightning_datamodule(datamodule)}
-        return {"dataloaders": dataloaders}
-
-    @contextmanager
-    def _accepted(self, model: Any) -> Iterator[None]:
-        module = model if model is not None else self.lightning_module
         with ExitStack() as stack:
-            if module is not None:
-                stack.enter_context(as_lightning(plain_module(module)))
-            yield
+            if self._fit is None and self._last_state is not None and self.lightning_module is not None:
+                stack.enter_context(federated(self.lightning_module))
+            super().save_checkpoint(filepath, weights_only, storage_options)
 
     # ---- where Lightning and a federation differ ---------------------------------------------------------------
 
@@ -366,6 +300,11 @@ class FederatedTrainer(pl.Trainer):
             # whatever the data module offers for training belongs to the clients
             self.fit_loop._data_source.instance = RoundLoader()
         return super()._run(model, *args, **kwargs)
+
+    def _is_last(self, model: Any) -> bool:
+        """Whether Lightning would count on from the last fit, which it does for a second fit of a module."""
+        same = self.strategy._lightning_module is plain_module(model)
+        return same and self.current_epoch > 0 and not self.fast_dev_run
 
     def _close_fit(self) -> None:
         if self._fit is not None:

@@ -11,9 +11,11 @@ from fl_lightning.algorithms.base import Algorithm
 from fl_lightning.federation import FederationSettings
 from fl_lightning.types import ClientId
 
-__all__ = ["check_arguments", "check_overrides"]
+__all__ = ["check_arguments", "check_overrides", "check_parts"]
 
 _SHARDING = ("fsdp", "deepspeed", "modelparallel", "model_parallel")
+_METHODS = {"sampler": "cohort", "engine": "session"}
+_HOMES = {"sampler": "schedules", "engine": "engines"}
 _OVERRIDES = {"epochs": int, "steps": int, "lr": float, "batch_size": int}
 
 
@@ -24,6 +26,7 @@ def check_arguments(
     local_loop: str,
     group_size: int | str,
     client_state: str,
+    local_epochs: int | None = None,
 ) -> None:
     """Raise for arguments that are out of range or exclude each other.
 
@@ -46,12 +49,57 @@ def check_arguments(
     _at_least_one("local_epochs", settings.local_epochs)
     if settings.local_steps is not None:
         _at_least_one("local_steps", settings.local_steps)
+        if local_epochs is not None:
+            raise MisconfigurationException(
+                f"local_epochs={local_epochs} and local_steps={settings.local_steps} both say when a client's round "
+                "ends. Give one of them."
+            )
     _at_least_one("evaluate_every_n_rounds", settings.evaluate_every_n_rounds)
     _count_or_fraction("clients_per_round", settings.clients_per_round)
     if settings.evaluate_clients is not True and settings.evaluate_clients is not False:
         _count_or_fraction("evaluate_clients", settings.evaluate_clients)
     for client_id, override in settings.client_overrides.items():
         _check_override(client_id, override)
+
+
+def check_parts(given: Mapping[str, Any], client_callbacks: Any) -> None:
+    """Raise for an argument that is not the kind of part that its name says.
+
+    Args:
+        given: by argument, what was passed; ``None`` stands for the default.
+        client_callbacks: a callback, a list of them, or ``None``.
+
+    Raises:
+        MisconfigurationException: says what was expected.
+    """
+    for name, method in _METHODS.items():
+        value = given.get(name)
+        if value is not None and (isinstance(value, type) or not callable(getattr(value, method, None))):
+            raise MisconfigurationException(
+                f"Expected {name} to be an object with a method {method}(), got {value!r}. Pass an instance of a class "
+                f"of fl_lightning.{_HOMES[name]}, or of your own subclass, or None for the default."
+            )
+    callbacks = client_callbacks if isinstance(client_callbacks, list | tuple) else [client_callbacks]
+    for callback in callbacks:
+        if callback is not None and not _is_callback(callback):
+            raise MisconfigurationException(
+                f"Expected client_callbacks to be Lightning callbacks, got {callback!r}. Pass instances, for example "
+                "client_callbacks=[GradientClip(1.0)]."
+            )
+    schedule = given.get("client_lr_schedule")
+    if schedule is not None and not callable(schedule):
+        raise MisconfigurationException(
+            f"Expected client_lr_schedule to be a function of the round that returns a factor, got {schedule!r}. "
+            "Write for example client_lr_schedule=lambda round: 0.99**round."
+        )
+
+
+def _is_callback(value: Any) -> bool:
+    # of either package, without importing the one that is not in use
+    return any(
+        base.__name__ == "Callback" and base.__module__.startswith(("lightning.", "pytorch_lightning."))
+        for base in type(value).__mro__
+    )
 
 
 def check_overrides(overrides: Mapping[ClientId, Any], client_ids: Sequence[ClientId]) -> None:

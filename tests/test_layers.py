@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"engines"}),
     frozenset(
         {"trainer", "server", "reporting", "arguments", "federation", "fitting", "validation", "precision", "inputs"}
-        | {"after_round", "resuming"}
+        | {"after_round", "evaluating", "resuming"}
     ),
     frozenset({"cli", "__main__"}),
 )

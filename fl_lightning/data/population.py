@@ -6,9 +6,11 @@ import inspect
 from collections.abc import KeysView, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from lightning.fabric.utilities.data import sized_len
-from torch.utils.data import SubsetRandomSampler
+from torch.utils.data import DataLoader, SubsetRandomSampler
 
+from fl_lightning.data.loaders import ClientLoaders
 from fl_lightning.errors import MisconfigurationException
 from fl_lightning.types import ClientId, Population
 
@@ -98,7 +100,8 @@ class ClientPopulation:
 
         Args:
             client_id: one of ``client_ids()``.
-            batch_size: replaces the loader's batch size, where the source can do that.
+            batch_size: replaces the loader's batch size: by the source if it takes the argument, else the loader is
+                built again.
 
         Raises:
             MisconfigurationException: when the source has no loader for the client, or cannot change its batch size.
@@ -108,11 +111,7 @@ class ClientPopulation:
         elif _accepts_batch_size(self.source):
             loader = self.source.client_dataloader(client_id, batch_size=batch_size)  # type: ignore[call-arg]
         else:
-            raise MisconfigurationException(
-                f"A batch size of {batch_size} was asked for client {client_id!r}, but "
-                f"{type(self.source).__name__}.client_dataloader(id) takes no batch_size. Add the argument "
-                "batch_size=None, or use FederatedDataModule."
-            )
+            loader = self._with_batch_size(client_id, batch_size)
         if loader is None:
             raise MisconfigurationException(
                 f"{type(self.source).__name__}.client_dataloader({client_id!r}) returned None. Return a train loader, "
@@ -146,6 +145,18 @@ class ClientPopulation:
     def client_datamodule(self, client_id: ClientId) -> Any:
         """Return the client's ``LightningDataModule``, or ``None``."""
         return self._optional("client_datamodule", client_id)
+
+    def _with_batch_size(self, client_id: ClientId, batch_size: int) -> Any:
+        loader = self.source.client_dataloader(client_id)
+        size = sized_len(getattr(loader, "dataset", None))
+        if not isinstance(loader, DataLoader) or size is None:
+            raise MisconfigurationException(
+                f"A batch size of {batch_size} was asked for client {client_id!r}, whose loader is a "
+                f"{type(loader).__name__} that cannot be built again. Use a torch DataLoader over a data set with a "
+                "length, or give client_dataloader an argument batch_size=None and build the loader there."
+            )
+        loaders = ClientLoaders(loader, f"client_dataloader({client_id!r})")
+        return loaders.build(np.arange(sized_len(loaders.dataset) or 0), batch_size)
 
     def _optional(self, name: str, client_id: ClientId) -> Any:
         method = getattr(self.source, name, None)

@@ -105,6 +105,9 @@ class PooledTensors(LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self._in_order(self._parts.test)
 
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self.test_dataloader()
+
     @property
     def _parts(self) -> Split:
         self.setup()
@@ -171,6 +174,9 @@ class NaturalTensors(LightningDataModule, ABC):
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self._in_order(self._pooled("test")) or []
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self.test_dataloader()
 
     @property
     def _splits(self) -> dict[ClientId, Split]:

@@ -19,6 +19,7 @@ __all__ = [
     "continue_runs",
     "continue_version",
     "folders",
+    "is_whole",
     "keeps_versions",
     "newest_checkpoint",
     "newest_version",
@@ -40,7 +41,7 @@ def newest_checkpoint(version_dir: str | os.PathLike[str]) -> str | None:
     found = [*folder.glob("*.ckpt"), *(folder / "checkpoints").rglob("*.ckpt")]
     # `last.ckpt` beside a file of the same instant is a copy of it: either will do, but always the same one
     dated = sorted(((_written(path), path.name, path) for path in found), reverse=True)
-    return next((str(path) for _, _, path in dated if _is_whole(path)), None)
+    return next((str(path) for _, _, path in dated if is_whole(path)), None)
 
 
 def newest_version(logger: Logger) -> int | str | None:
@@ -145,7 +146,7 @@ def _written(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0  # a dangling link
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """A torch checkpoint is a zip file, whose table stands at its end: an incomplete one has none."""
     try:
         with zipfile.ZipFile(path) as archive:

@@ -181,12 +181,18 @@ def test_own_client_size_wins() -> None:
         (lambda: as_population(Clients("abc")).client_ids(), r"got str"),
         (lambda: as_population({"a": loader()}).client_dataloader("b"), r"one of 1 clients \('a'\), got 'b'"),
         (lambda: as_population(Clients(["a"])).client_dataloader("a"), r"returned None"),
-        (lambda: as_population({"a": loader()}).client_dataloader("a", batch_size=3), r"takes no batch_size"),
+        (lambda: as_population({"a": [1]}).client_dataloader("a", batch_size=3), r"a list that cannot be built again"),
     ],
 )
 def test_bad_input(act: Any, message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         act()
+
+
+def test_the_loader_of_a_mapping_is_built_again_for_another_batch_size() -> None:
+    data = TensorDataset(torch.arange(10))
+    built = as_population({"a": DataLoader(data, batch_size=2)}).client_dataloader("a", batch_size=4)
+    assert [batch[0].tolist() for batch in built] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_keys_of_a_dictionary_are_ids() -> None:

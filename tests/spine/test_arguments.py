@@ -90,6 +90,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"client_overrides": {"a": {"lr": -1.0}}}, "> 0, got -1.0"),
     ({"strategy": "fsdp", "devices": 2}, "strategy='fsdp' shards the model"),
     ({"num_lanes": 3}, "power of two"),
+    ({"local_epochs": 2, "local_steps": 5}, "local_epochs=2 and local_steps=5 both say when a client's round ends"),
+    ({"sampler": object()}, r"sampler to be an object with a method cohort\(\)"),
+    ({"engine": object()}, r"engine to be an object with a method session\(\)"),
+    ({"client_callbacks": [3]}, "client_callbacks to be Lightning callbacks, got 3"),
+    ({"client_lr_schedule": 0.5}, "client_lr_schedule to be a function of the round"),
 ]
 
 

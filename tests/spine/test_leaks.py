@@ -279,9 +279,16 @@ def test_an_override_of_steps_and_of_batch_size() -> None:
     assert trainer.round_history[0].num_steps == 5 + 1 + 2  # of 16 examples: five steps, one batch, two batches
 
 
-def test_an_override_of_batch_size_needs_data_that_can_change_it() -> None:
-    with pytest.raises(MisconfigurationException, match=r"client_dataloader.id. takes no batch_size"):
-        fit_federated(Classifier(), sites(2), client_overrides={"s0": {"batch_size": 4}})
+def test_an_override_of_batch_size_for_a_mapping_of_loaders() -> None:
+    """The loader is built again with the other size; a client without an override keeps its own."""
+    plain = fit_federated(Classifier(), {"a": loader(20, batch_size=4), "b": loader(20)})
+    changed = fit_federated(Classifier(), {"a": loader(20), "b": loader(20)}, client_overrides={"a": {"batch_size": 4}})
+    assert changed.round_history[0].num_steps == plain.round_history[0].num_steps
+
+
+def test_an_override_of_batch_size_needs_a_loader_that_can_be_built_again() -> None:
+    with pytest.raises(MisconfigurationException, match=r"loader is a list that cannot be built again"):
+        fit_federated(Classifier(), {"a": list(loader(8))}, client_overrides={"a": {"batch_size": 4}})
 
 
 def test_onecycle_of_the_demo_zoo_starts_anew_each_round() -> None:

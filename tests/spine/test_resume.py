@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from spine_zoo import (
     QUIET,
     Classifier,
@@ -118,6 +119,81 @@ def test_best_and_last_without_a_checkpoint(tmp_path: Path) -> None:
         )  # nothing is there: as in plain Lightning it starts
     assert len(trainer.round_history) == 1
     fresh = FederatedTrainer(max_rounds=1, **QUIET)
-    with pytest.raises(Exception, match="best"):
+    with pytest.raises(MisconfigurationException, match="best checkpoint of the last fit of this trainer"):
         fresh.fit(module, sites(2), ckpt_path="best")
     assert type(module) is Momentum
+
+
+@OTHER_FOLDER
+@pytest.mark.parametrize("logs", [True, False])
+def test_a_checkpoint_that_is_saved_after_the_fit_goes_on(logs: bool, tmp_path: Path) -> None:
+    """Kept optimizers, history and the server's optimizer are in it, even when nothing else stayed on disk."""
+    quiet = {} if logs else {"logger": False, "enable_checkpointing": False, "callbacks": []}
+    whole, uninterrupted = long_run(tmp_path / "whole", 4)
+    module, trainer = long_run(tmp_path / "parts", 2, **quiet)
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    assert type(module) is Momentum
+    again = Momentum.load_from_checkpoint(tmp_path / "mine.ckpt")
+    assert_same_bits(weights(again), weights(module))
+    resumed, second = long_run(tmp_path / "parts", 4, ckpt=tmp_path / "mine.ckpt", **quiet)
+    assert_same_bits(weights(resumed), weights(whole))
+    assert comparable(second) == comparable(uninterrupted)
+
+
+def test_a_second_fit_goes_on_as_lightning_counts(tmp_path: Path) -> None:
+    module, trainer = long_run(tmp_path, 2)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, ServedSites(sites(5)))
+    assert [report.round for report in trainer.round_history] == [0, 1, 2, 3]
+    assert len((Path(trainer.log_dir) / "rounds.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_second_fit_of_another_module_starts_its_history_anew(tmp_path: Path) -> None:
+    _, trainer = long_run(tmp_path, 2)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(Momentum(hidden=3), ServedSites(sites(5)))
+    assert len(trainer.round_history) == 1
+
+
+@OTHER_FOLDER
+def test_a_resume_with_another_server_optimizer(tmp_path: Path) -> None:
+    _, first = long_run(tmp_path, 1)
+    path = first.checkpoint_callback.last_model_path
+    with pytest.raises(MisconfigurationException, match="of the server optimizer Adam, and this trainer has SGD"):
+        long_run(tmp_path, 2, ckpt=path, algorithm=FedAvg())
+
+
+def test_a_checkpoint_that_is_cut_off(tmp_path: Path) -> None:
+    _, first = long_run(tmp_path, 2)
+    path = Path(first.checkpoint_callback.last_model_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(MisconfigurationException, match=r"is no whole checkpoint: .* Go on from .*epoch=1"):
+        long_run(tmp_path, 3, ckpt=path)
+    _, second = long_run(tmp_path, 3, ckpt="last")  # it finds the one before
+    assert len(second.round_history) == 3
+
+
+@OTHER_FOLDER
+def test_best_in_a_new_process_is_the_best_of_the_newest_run(tmp_path: Path) -> None:
+    def trainer() -> FederatedTrainer:
+        best = ModelCheckpoint(monitor="val_loss", mode="max", save_top_k=-1)
+        logger = TensorBoardLogger(tmp_path, name="run")
+        own = {"enable_checkpointing": True, "logger": logger, "callbacks": [best], "max_rounds": 3}
+        return FederatedTrainer(**{**QUIET, **own})
+
+    data = ServedSites(sites(3))
+    first = trainer()
+    first.fit(Momentum(), data)
+    best = Momentum.load_from_checkpoint(first.checkpoint_callback.best_model_path)
+    (value,) = trainer().test(Momentum(), dataloaders=data, ckpt_path="best", verbose=False)
+    (expected,) = trainer().test(best, dataloaders=data, verbose=False)
+    (last,) = trainer().test(Momentum(), dataloaders=data, ckpt_path="last", verbose=False)
+    assert value == expected
+    assert value != last  # mode="max" makes the first round the best
+
+
+def test_best_of_a_run_without_one(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="run")
+    with pytest.raises(MisconfigurationException, match="'best' finds no checkpoint of a run of this name"):
+        FederatedTrainer(**{**QUIET, "logger": logger}).test(Momentum(), ServedSites(sites(2)), ckpt_path="best")
