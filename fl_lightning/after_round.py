@@ -81,7 +81,8 @@ def recalibrate(federation: Federation, cohort: Sequence[ClientId], round: int) 
         for c in cohort
     ]
     merged = TreeSum()
-    lanes = assign_lanes(cohort, [federation.estimated_work(task) for task in tasks], federation.settings.num_lanes)
+    work = [federation.dispatcher.estimated_work(task.client_id, task.work) for task in tasks]
+    lanes = assign_lanes(cohort, work, federation.settings.num_lanes)
     with torch.enable_grad():
         for lane in federation.lanes:
             partial = PartialSum()

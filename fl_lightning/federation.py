@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from fl_lightning.aggregation import PartialSum, TreeSum, gather_cohort, gather_objects, reduce_over_processes
-from fl_lightning.algorithms.base import Algorithm, State
-from fl_lightning.data import ClientPopulation
+from fl_lightning.algorithms.base import State
+from fl_lightning.dispatching import Dispatcher
 from fl_lightning.engines import Engine
 from fl_lightning.errors import (
     BadUpdateError,
@@ -23,48 +23,21 @@ from fl_lightning.errors import (
     EmptyClientError,
     MisconfigurationException,
 )
+from fl_lightning.federation_settings import FederationSettings
 from fl_lightning.local.client import ClientResult, Failure, reseed
 from fl_lightning.local.job import ClientData, Job
 from fl_lightning.local.recorder import Record
 from fl_lightning.local.settings import LocalSettings
-from fl_lightning.schedules import Sampler, assign_lanes, cohort_size, lanes_of_rank, require_delivered, require_enough
-from fl_lightning.schedules.lanes import sort_key
+from fl_lightning.schedules import assign_waves, lanes_of_rank, require_delivered
+from fl_lightning.schedules.plan import Plan
 from fl_lightning.seeding import seed_everywhere, seed_for
 from fl_lightning.store import ClientStore
-from fl_lightning.transforms import TRANSFORMS, Codec, PayloadError, ServerCodec, Transform
-from fl_lightning.traveling import BatchNormPolicy, Traveling
+from fl_lightning.transforms import TRANSFORMS, Codec, PayloadError, ServerCodec
+from fl_lightning.traveling import Traveling
+from fl_lightning.tree import num_bytes
 from fl_lightning.types import ClientId, ClientTask, Contribution, RoundReport, Tree, Work
 
-__all__ = ["Federation", "FederationSettings", "RoundOutcome", "rehearsal"]
-
-
-@dataclass(slots=True)
-class FederationSettings:
-    """The user's choices, as the arguments of ``FederatedTrainer`` say them."""
-
-    algorithm: Algorithm
-    clients_per_round: int | float | None = None
-    local_epochs: int = 1
-    local_steps: int | None = None
-    min_clients: int = 1
-    on_bad_update: Literal["raise", "skip"] = "raise"
-    client_overrides: Mapping[ClientId, Mapping[str, Any]] = field(default_factory=dict)
-    client_lr_schedule: Callable[[int], float] | None = None
-    batch_norm: BatchNormPolicy = "average"
-    transforms: Sequence[Transform] = ()
-    evaluate_clients: bool | int | float = False
-    evaluate_every_n_rounds: int = 1
-    num_lanes: int = 8
-    seed: int = 0
-
-
-def rehearsal(settings: FederationSettings) -> FederationSettings:
-    """Return the settings of ``fast_dev_run``: each client passes once over its few batches."""
-    overrides = {
-        client_id: {name: value for name, value in override.items() if name not in ("epochs", "steps")}
-        for client_id, override in settings.client_overrides.items()
-    }
-    return replace(settings, local_epochs=1, local_steps=None, client_overrides=overrides)
+__all__ = ["Federation", "FederationSettings", "RoundOutcome"]
 
 
 @dataclass(slots=True)
@@ -83,9 +56,8 @@ class Federation:
 
     Args:
         settings: the user's choices.
-        sampler: who takes part.
+        dispatcher: turns rounds into tasks.
         engine: where clients run.
-        population: the clients.
         module: the server's module, which is the user's.
         rank, world_size: of this process.
         device: of this process.
@@ -94,9 +66,8 @@ class Federation:
     def __init__(
         self,
         settings: FederationSettings,
-        sampler: Sampler,
+        dispatcher: Dispatcher,
         engine: Engine,
-        population: ClientPopulation,
         module: pl.LightningModule,
         rank: int,
         world_size: int,
@@ -104,9 +75,9 @@ class Federation:
     ) -> None:
         self.settings = settings
         self.algorithm = settings.algorithm
-        self.sampler = sampler
+        self.dispatcher = dispatcher
         self.engine = engine
-        self.population = population
+        self.population = dispatcher.population
         self.module = module
         self.device = device
         self.lanes = lanes_of_rank(rank, world_size, settings.num_lanes)
@@ -114,9 +85,8 @@ class Federation:
         seed = seed_for(settings.seed, -1, None, TRANSFORMS)
         self.wire = ServerCodec(Codec(settings.transforms, seed, self.model(), self.buffers()), device)
         self.state: State = self.wire.start(self.algorithm.init_state(self.model()), self.algorithm.linear)
+        dispatcher.bytes_down = dispatcher.bytes_up = num_bytes([self.model(), self.buffers()])
         self.store: ClientStore | None = None
-        self.num_dispatched = 0
-        self.client_steps: dict[ClientId, int] = {}
         self.interrupted: Callable[[], bool] = lambda: False
         self.on_client_end: Callable[[ClientId, int, int, int], None] = lambda *_: None
 
@@ -139,99 +109,75 @@ class Federation:
         template.static = self.traveling.static(self.module)
         template.device = self.device
         template.codec = self.wire.codec
+        self.dispatcher.limits = template.trainer_arguments
         return template
 
     # ---- a round -----------------------------------------------------------------------------------------------
 
-    def cohort(self, round: int, at_most: int | None = None) -> list[ClientId]:
-        """Return who takes part, in an order that does not depend on the population's."""
-        available = len(self.population.client_ids())
-        require_enough(available, self.settings.min_clients, round)
-        size = cohort_size(self.settings.clients_per_round, available)
-        if at_most is not None:
-            size = min(size, max(at_most, self.algorithm.fewest_clients))
-        cohort = self.sampler.cohort(self.population, size, self.settings.seed, round)
-        if len(set(cohort)) != len(cohort):
-            twice = next(client_id for client_id in cohort if cohort.count(client_id) > 1)
-            raise MisconfigurationException(
-                f"{type(self.sampler).__name__} chose client {twice!r} twice in round {round}; a cohort has no doubles."
-            )
-        require_enough(len(cohort), self.settings.min_clients, round)
-        self.algorithm.check_cohort(len(cohort))  # before anyone trains in vain
-        return sorted(cohort, key=sort_key)
-
     def run_round(self, round: int, at_most: int | None = None) -> RoundOutcome:
         """Let the cohort of a round train and turn what comes back into the server's gradient."""
         begin = time.perf_counter()
-        cohort = self.cohort(round, at_most)
-        tasks = self._tasks(round, cohort)
+        plan = self.dispatcher.plan(round, at_most)
+        downloads = self._send(round, plan)
+        tasks = self.dispatcher.tasks(plan, round)
         partial, single, results = self._run_lanes(tasks)
-        results = self._gather(results, cohort, round)
+        results = self._gather(results, tasks, round)
         total = reduce_over_processes(partial, self.device)
-        delivered = [result for result in results if result.failure is None]
-        report = RoundReport(round, [result.client_id for result in delivered])
-        report.skipped = {r.client_id: r.failure.reason for r in results if r.failure is not None}
-        report.num_examples = sum(result.num_examples for result in delivered)
-        report.num_steps = sum(result.num_steps for result in delivered)
-        report.num_bytes_up = sum(result.num_bytes_up for result in delivered)
-        report.num_bytes_down = self.wire.num_bytes_down
+        report = self._report(round, plan, results)
         require_delivered(report, self.settings.min_clients)
         if self.algorithm.linear:
             gradient, state, buffers = self._finish(total)
         else:
             gradient, state, buffers = self._combine(single, report.cohort, tasks[0])
-        report.metrics = scalars(total.metrics.compute(self.module))
+        learned = self.dispatcher.learn(results, report.num_bytes_down, downloads)
+        report.metrics = {**scalars(total.metrics.compute(self.module)), **plan.metrics, **learned}
+        self.dispatcher.keep_versions(plan)
         report.seconds = time.perf_counter() - begin
         return RoundOutcome(report, gradient, self.wire.with_state(state), buffers, results)
 
-    def _tasks(self, round: int, cohort: Sequence[ClientId]) -> list[ClientTask]:
-        broadcast: dict[str, Tree] = {"model": self.model(), "buffers": self.buffers()}
-        broadcast.update(self.algorithm.broadcast(self.state))
-        broadcast = self.wire.send(broadcast, cohort, round, self.state)
-        schedule = self.settings.client_lr_schedule
-        factor = 1.0 if schedule is None else float(schedule(round))
-        first = self.num_dispatched
-        self.num_dispatched += len(cohort)
-        return [
-            ClientTask(
-                client_id,
-                round,
-                first + position,
-                broadcast,
-                seed_for(self.settings.seed, round, client_id, "training"),
-                self._work(client_id, factor),
-            )
-            for position, client_id in enumerate(cohort)
-        ]
+    def _report(self, round: int, plan: Plan, results: Sequence[ClientResult]) -> RoundReport:
+        delivered = [result for result in results if result.failure is None]
+        report = RoundReport(round, [result.client_id for result in delivered])
+        report.dropped = dict(plan.dropped)
+        report.skipped = {r.client_id: r.failure.reason for r in results if r.failure is not None}
+        report.num_examples = sum(result.num_examples for result in delivered)
+        report.num_steps = sum(result.num_steps for result in delivered)
+        report.num_bytes_up = sum(result.num_bytes_up for result in delivered)
+        report.num_bytes_down = self.wire.num_bytes_down
+        return report
 
-    def _work(self, client_id: ClientId, factor: float) -> Work:
-        override = dict(self.settings.client_overrides.get(client_id, {}))
-        steps = override.get("steps", None if "epochs" in override else self.settings.local_steps)
-        epochs = None if steps is not None else override.get("epochs", self.settings.local_epochs)
-        return Work(
-            epochs,
-            steps,
-            factor,
-            override.get("lr"),
-            override.get("batch_size"),
-            step_offset=self.client_steps.get(client_id, 0),
-        )
+    def _send(self, round: int, plan: Plan) -> int:
+        """Make this round's broadcast for those who download it, and return how many they are."""
+        clients = plan.downloads if plan.downloads is not None else [d.client_id for d in plan.dispatches]
+        self.wire.open_round(round, self.state)
+        if clients:
+            broadcast: dict[str, Tree] = {"model": self.model(), "buffers": self.buffers()}
+            broadcast.update(self.algorithm.broadcast(self.state))
+            sent = self.wire.send(broadcast, clients)
+            if any(dispatch.version == round for dispatch in plan.in_flight):
+                # the server's step writes into its own tensors, and this version outlives the step
+                sent = {key: {name: t.clone() for name, t in tree.items()} for key, tree in sent.items()}
+            self.dispatcher.versions[round] = sent
+        return len(clients)
 
     def _run_lanes(
         self, tasks: Sequence[ClientTask]
     ) -> tuple[PartialSum, dict[ClientId, Contribution], list[ClientResult]]:
-        sizes = [self.estimated_work(task) for task in tasks]
-        lanes = assign_lanes([task.client_id for task in tasks], sizes, self.settings.num_lanes)
+        work = [self.dispatcher.estimated_work(task.client_id, task.work) for task in tasks]
+        lanes = assign_waves([task.client_id for task in tasks], work, self.settings.num_lanes)
+        by_id = {task.dispatch_id: task for task in tasks}
         merged = TreeSum()
         single: dict[ClientId, Contribution] = {}
         results: list[ClientResult] = []
-        mine = sum(len(lanes[lane]) for lane in self.lanes)
+        mine = sum(len(wave) for lane in self.lanes for wave in lanes[lane])
         for lane in self.lanes:
             partial = PartialSum()
-            if not self._stop(results):
-                for result in self.engine.session([tasks[position] for position in lanes[lane]]):
+            for wave in lanes[lane]:
+                if self._stop(results):
+                    break
+                for result in self.engine.session([tasks[position] for position in wave]):
                     results.append(result)
-                    self._open(result, tasks)
+                    self._open(result, by_id[result.dispatch_id])
                     if result.failure is None and result.contribution is not None:
                         if self.algorithm.linear:
                             partial.add(result.contribution, result.metrics)
@@ -245,14 +191,15 @@ class Federation:
             merged.push(partial)
         return merged.total(), single, results
 
-    def _open(self, result: ClientResult, tasks: Sequence[ClientTask]) -> None:
+    def _open(self, result: ClientResult, task: ClientTask) -> None:
         """Decode a payload; one that cannot be is a bad update of its client, whose memory stays as it was."""
         if result.payload is not None:
             try:
-                task = tasks[result.dispatch_id - tasks[0].dispatch_id]
                 result.contribution = self.wire.open(result.payload, task)
             except PayloadError as error:
                 result.failure, result.has_memory = Failure(str(error), bad_update=True), False
+                if self.store is not None:
+                    self.store.discard(result.client_id)
             result.payload = None
 
     def _stop(self, results: Sequence[ClientResult]) -> bool:
@@ -260,21 +207,12 @@ class Federation:
             raise SIGTERMException
         return self.settings.on_bad_update == "raise" and bool(results) and results[-1].failure is not None
 
-    def estimated_work(self, task: ClientTask) -> float:
-        if task.work.steps is not None:
-            return float(task.work.steps)
-        try:
-            size = self.population.client_size(task.client_id) or 1
-        except Exception:  # a loader that cannot be opened is the client's failure, and named when it trains
-            size = 1
-        return float(size * (task.work.epochs or 1))
-
-    def _gather(self, results: list[ClientResult], cohort: Sequence[ClientId], round: int) -> list[ClientResult]:
+    def _gather(self, results: list[ClientResult], tasks: Sequence[ClientTask], round: int) -> list[ClientResult]:
         everyone = gather_objects([_portable(result) for result in results])
-        by_id = {result.client_id: result for some in everyone for result in some}
+        by_id = {result.dispatch_id: result for some in everyone for result in some}
         # this process's own results still hold the exception with its traceback
-        by_id.update({result.client_id: result for result in results})
-        ordered = [by_id[client_id] for client_id in cohort if client_id in by_id]
+        by_id.update({result.dispatch_id: result for result in results})
+        ordered = [by_id[task.dispatch_id] for task in tasks if task.dispatch_id in by_id]
         if self.settings.on_bad_update == "raise":
             for result in ordered:
                 if result.failure is not None:
@@ -341,6 +279,7 @@ class Federation:
             own[name].copy_(value)
         if self.store is not None:
             self.store.commit([r.client_id for r in outcome.results if r.has_memory], outcome.report.round)
+        self.dispatcher.commit()
 
     def count_steps(
         self, results: Iterable[ClientResult], logged: Callable[[ClientId], bool]
@@ -349,8 +288,8 @@ class Federation:
         curves: dict[ClientId, list[Record]] = {}
         for result in results:
             if result.failure is None and logged(result.client_id):
-                self.client_steps[result.client_id] = self.client_steps.get(result.client_id, 0) + result.num_steps
-                curves[result.client_id] = result.records
+                self.dispatcher.count_steps([(result.client_id, result.num_steps)])
+                curves.setdefault(result.client_id, []).extend(result.records)
         return curves
 
     def seed_server(self, round: int) -> None:

@@ -19,7 +19,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from fl_lightning.after_round import evaluate, recalibrate
 from fl_lightning.data import ClientPopulation
-from fl_lightning.federation import Federation, RoundOutcome, rehearsal
+from fl_lightning.dispatching import Dispatcher, schedule_of
+from fl_lightning.federation import Federation, RoundOutcome
+from fl_lightning.federation_settings import rehearsal
 from fl_lightning.local.client import ClientHalf
 from fl_lightning.local.worker import copied_module
 from fl_lightning.reporting import ClientCurves, RoundCharts, RoundsFile, cut_logs, flush_logs
@@ -86,11 +88,11 @@ class FederatedFit:
         check_overrides(trainer.settings.client_overrides, self.population.client_ids())
         self.curves = ClientCurves(trainer.loggers, trainer.log_clients, self.population.client_ids)
         self.charts = RoundCharts(trainer.loggers)
+        settings = rehearsal(trainer.settings) if trainer.fast_dev_run else trainer.settings
         self._federation = federation = Federation(
-            rehearsal(trainer.settings) if trainer.fast_dev_run else trainer.settings,
-            trainer.sampler,
+            settings,
+            Dispatcher(settings, self.population, trainer.sampler, schedule_of(trainer), trainer.fleet),
             trainer.engine,
-            self.population,
             module,
             trainer.global_rank,
             trainer.world_size,
@@ -104,10 +106,10 @@ class FederatedFit:
             RoundsFile(folder / "rounds.jsonl") if trainer.is_global_zero and not trainer.fast_dev_run else None
         )
         self._resume(folder)
-        settings = federation.local_settings(trainer.local_settings())
-        settings.save_dir, settings.has_loggers = str(folder), bool(trainer.loggers)
+        local = federation.local_settings(trainer.local_settings())
+        local.save_dir, local.has_loggers = str(folder), bool(trainer.loggers)
         half = ClientHalf(
-            self.worker, federation.algorithm, settings, self.population, federation.store, self.curves.wants
+            self.worker, federation.algorithm, local, self.population, federation.store, self.curves.wants
         )
         trainer.engine.start(half)
         if trainer.is_global_zero and self._restored is None:
@@ -172,7 +174,7 @@ class FederatedFit:
         assert outcome is not None
         federation.accept(outcome)
         if self.trainer.settings.batch_norm == "recalibrate" and batch_norm_buffers(self.trainer.lightning_module):
-            recalibrate(federation, outcome.report.cohort, outcome.report.round)
+            recalibrate(federation, list(dict.fromkeys(outcome.report.cohort)), outcome.report.round)
         curves = federation.count_steps(outcome.results, self.curves.wants)
         if self.trainer.is_global_zero:
             self.curves.write(outcome.report.round, curves)
@@ -252,8 +254,7 @@ class FederatedFit:
             "round": len(self.trainer.round_history),
             "seed": self.trainer.settings.seed,
             "state": copy.deepcopy(federation.state),
-            "num_dispatched": federation.num_dispatched,
-            "client_steps": dict(federation.client_steps),
+            **federation.dispatcher.state_dict(),
             "memory": federation.store.state_dict(),
             "rounds": {"offset": offset, "sha256": digest},
             "folder": str(federation.store.folder.parent),
@@ -315,8 +316,7 @@ class FederatedFit:
         self._require_same_optimizer(saved)
         if saved["state"]:
             federation.state = _on_device(saved["state"], federation.device)
-        federation.num_dispatched = saved["num_dispatched"]
-        federation.client_steps = dict(saved["client_steps"])
+        federation.dispatcher.load_state_dict(saved)
         old = _old_folder(saved["folder"], self.trainer.ckpt_path)
         assert federation.store is not None
         if old is not None and old.resolve() != folder.resolve() and saved["memory"]:

@@ -43,12 +43,21 @@ class ClientStore:
         self.folder = Path(folder)
         self.cache_bytes = cache_bytes
         self._index: dict[ClientId, int] = {}
+        self._written: dict[ClientId, int] = {}  # put by this process, and not yet committed
         self._cache: OrderedDict[tuple[ClientId, int], bytes] = OrderedDict()
         self._cached_bytes = 0
 
-    def get(self, client_id: ClientId) -> Memory:
-        """Return the client's committed memory; an empty dictionary when it has none. The caller may change it."""
+    def get(self, client_id: ClientId, round: int | None = None) -> Memory:
+        """Return the client's memory; an empty dictionary when it has none. The caller may change it.
+
+        Args:
+            client_id: the client.
+            round: what the client has written in this round counts already, for its second dispatch in it; ``None``
+                returns what is committed.
+        """
         version = self._index.get(client_id)
+        if round is not None and self._written.get(client_id) == round:
+            version = round
         if version is None:
             return {}
         data = self._cache.get((client_id, version))
@@ -69,11 +78,17 @@ class ClientStore:
         partial.write_bytes(data)
         os.replace(partial, path)  # a kill leaves the old version or the new one, never half of one
         self._remember(client_id, round, data)
+        self._written[client_id] = round
+
+    def discard(self, client_id: ClientId) -> None:
+        """Forget what a client wrote and nobody committed."""
+        self._written.pop(client_id, None)
 
     def commit(self, client_ids: Iterable[ClientId], round: int) -> None:
         """Make what these clients wrote in ``round`` their memory."""
         for client_id in client_ids:
             self._index[client_id] = round
+        self._written.clear()
 
     def gc(self, keep: Iterable[Mapping[Any, int]] = ()) -> int:
         """Delete every version that neither the current index nor one of ``keep`` names; return how many."""

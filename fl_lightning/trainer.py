@@ -21,9 +21,10 @@ from fl_lightning.algorithms import Algorithm, FedAvg
 from fl_lightning.arguments import divide
 from fl_lightning.data import as_population
 from fl_lightning.data.forwarding import as_lightning_datamodule
+from fl_lightning.dispatching import check_schedule
 from fl_lightning.engines import Engine, InProcessEngine
 from fl_lightning.evaluating import EvaluatingTrainer
-from fl_lightning.federation import FederationSettings
+from fl_lightning.federation_settings import FederationSettings
 from fl_lightning.fitting import FederatedFit
 from fl_lightning.inputs import plain_module, prepare_server_arguments, sort_data
 from fl_lightning.local.quiet import without_hints
@@ -33,7 +34,7 @@ from fl_lightning.reporting import federated_progress_bar
 from fl_lightning.reporting.client_curves import is_logger
 from fl_lightning.reporting.csv_history import continue_csv
 from fl_lightning.resuming import last_to_fit, require_best, require_whole
-from fl_lightning.schedules import Sampler, UniformSampler
+from fl_lightning.schedules import Sampler, Schedule, Timing, UniformSampler
 from fl_lightning.server import RoundLoader, evaluate_whole, federated
 from fl_lightning.transforms import Transform, all_transforms
 from fl_lightning.types import RoundReport
@@ -70,9 +71,9 @@ class FederatedTrainer(EvaluatingTrainer):
         evaluate_clients: evaluate the global model on clients' own data: everyone, a count, or a fraction.
         evaluate_every_n_rounds: how often, among the rounds that validate.
         log_clients: whose curves are kept: ``"auto"`` (at most 100), a count, ids, a pattern, ``True`` or ``False``.
-        fleet: devices of the clients.
+        fleet: devices of the clients: how long each one takes, on a virtual clock.
         sampler: who takes part; ``None`` draws uniformly without replacement.
-        schedule: who works when, for asynchronous algorithms.
+        schedule: who works when; ``None`` is the algorithm's own, or rounds in which everyone who was drawn reports.
         engine: where clients run; ``None`` is this process group.
         num_threads: torch threads of each process during the fit; ``None`` leaves torch's number. Results depend on
             it in the last bits.
@@ -119,9 +120,9 @@ class FederatedTrainer(EvaluatingTrainer):
         evaluate_clients: bool | int | float = False,
         evaluate_every_n_rounds: int = 1,
         log_clients: bool | int | str | list[Any] = "auto",
-        fleet: Any = None,
+        fleet: Timing | None = None,
         sampler: Sampler | None = None,
-        schedule: Any = None,
+        schedule: Schedule | None = None,
         engine: Engine | None = None,
         num_threads: int | None = None,
         num_lanes: int = 8,
@@ -144,12 +145,13 @@ class FederatedTrainer(EvaluatingTrainer):
             num_lanes=num_lanes,
         )
         check_arguments(self.settings, max_rounds, kwargs, local_loop, group_size, client_state, local_epochs)
+        check_schedule(self.settings, fleet, sampler, schedule)
         self._client_arguments = divide(kwargs)
         self._client_callbacks = (
             [client_callbacks] if isinstance(client_callbacks, Callback) else client_callbacks or []
         )
         self._local_loop, self._group_size, self._client_state = local_loop, group_size, client_state
-        self.log_clients, self.fleet = log_clients, fleet
+        self.log_clients, self.fleet, self.schedule = log_clients, fleet, schedule
         self.sampler = sampler if sampler is not None else UniformSampler()
         self.engine = engine if engine is not None else InProcessEngine()
         self.num_threads = num_threads

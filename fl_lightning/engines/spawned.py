@@ -88,7 +88,7 @@ class SpawnedEngine(Engine):
             {
                 "what": what,
                 "task": {**asdict(task), "broadcast": dict(task.broadcast), "work": asdict(task.work)},
-                "memory": half.store.get(task.client_id),
+                "memory": half.store.get(task.client_id, task.round),
                 "logged": half.wants_curve(task.client_id),
             }
         )

@@ -120,7 +120,7 @@ class ClientHalf:
         return Job(
             task,
             data=lambda: self.open_data(task),
-            memory=lambda: self.store.get(client_id),
+            memory=lambda: self.store.get(client_id, task.round),
             logged=self.wants_curve(client_id),
         )
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fl_lightning.types import ClientId
 
-__all__ = ["assign_lanes", "lanes_of_rank", "sort_key"]
+__all__ = ["assign_lanes", "assign_waves", "lanes_of_rank", "sort_key"]
 
 
 def sort_key(client_id: ClientId) -> tuple[bool, ClientId]:
@@ -49,6 +49,37 @@ def assign_lanes(client_ids: Sequence[ClientId], sizes: Sequence[float], num_lan
         lanes[lane].append(position)
         heapq.heappush(loads, (load + max(float(sizes[position]), 1e-9), tie, lane))
     return lanes
+
+
+def assign_waves(client_ids: Sequence[ClientId], sizes: Sequence[float], num_lanes: int = 8) -> list[list[list[int]]]:
+    """Cut dispatches into lanes, and each lane into waves in which no client stands twice.
+
+    A client that is dispatched twice stays in one lane, and its second dispatch starts after its first is done: it
+    goes on with the memory that the first one left. A cohort without doubles has one wave in each lane.
+
+    Args:
+        client_ids: the clients of the dispatches; of one client's, the earlier dispatch stands first.
+        sizes: estimated work of each dispatch, in any unit.
+        num_lanes: a power of two.
+
+    Returns:
+        For each lane its waves, each with positions in ``client_ids``.
+
+    Example:
+        >>> assign_waves(["a", "b", "a"], [1, 5, 1], num_lanes=2)
+        [[[1]], [[0], [2]]]
+    """
+    own: dict[ClientId, list[int]] = {}
+    for position, client_id in enumerate(client_ids):
+        own.setdefault(client_id, []).append(position)
+    each = list(own)
+    lanes = assign_lanes(each, [sum(sizes[position] for position in own[c]) for c in each], num_lanes)
+    return [_waves([own[each[index]] for index in lane]) for lane in lanes]
+
+
+def _waves(positions: Sequence[Sequence[int]]) -> list[list[int]]:
+    longest = max((len(own) for own in positions), default=0)
+    return [[own[turn] for own in positions if turn < len(own)] for turn in range(longest)]
 
 
 def lanes_of_rank(rank: int, world_size: int, num_lanes: int = 8) -> range:

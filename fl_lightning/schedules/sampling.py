@@ -87,7 +87,8 @@ def require_enough(available: int, min_clients: int, round: int) -> None:
 def require_delivered(report: RoundReport, min_clients: int) -> None:
     """Raise when too few of the cohort delivered, with the reasons of those that did not."""
     if len(report.cohort) < min_clients:
-        reasons = "; ".join(f"{client_id!r}: {reason}" for client_id, reason in list(report.skipped.items())[:5])
+        missing = [*report.skipped.items(), *report.dropped.items()]
+        reasons = "; ".join(f"{client_id!r}: {reason}" for client_id, reason in missing[:5])
         raise NotEnoughClientsError(
             f"Round {report.round} needs min_clients={min_clients}, but only {len(report.cohort)} clients delivered. "
             f"Skipped: {reasons or 'none'}. Mend them, or lower min_clients."

@@ -72,10 +72,13 @@ class ServerCodec:
         """Return the algorithm's next state with that of the transforms in it."""
         return {**state, TRANSFORMS: self._state} if self._state else state
 
-    def send(self, trees: Mapping[str, Tree], cohort: Sequence[ClientId], round: int, state: State) -> dict[str, Tree]:
-        """Return the trees as the cohort of a round gets them; ``num_bytes_down`` then is what all of it downloads."""
-        self._round = round
-        sent, self.num_bytes_down, self._state = self.codec.broadcast(trees, cohort, round, state.get(TRANSFORMS, {}))
+    def open_round(self, round: int, state: State) -> None:
+        """Begin a round, with the server's state in which that of the transforms is."""
+        self._round, self._state, self.num_bytes_down = round, state.get(TRANSFORMS, {}), 0
+
+    def send(self, trees: Mapping[str, Tree], cohort: Sequence[ClientId]) -> dict[str, Tree]:
+        """Return the trees as clients get them in this round; ``num_bytes_down`` then is what all of them download."""
+        sent, self.num_bytes_down, self._state = self.codec.broadcast(trees, cohort, self._round, self._state)
         return sent
 
     def open(self, data: bytes, task: ClientTask) -> Contribution:

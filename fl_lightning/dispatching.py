@@ -1,0 +1,244 @@
+"""From a round to the tasks of its clients: who works, on which version of the model, with which random numbers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lightning.fabric.utilities.data import sized_len
+
+from fl_lightning.data import ClientPopulation
+from fl_lightning.errors import MisconfigurationException
+from fl_lightning.federation_settings import FederationSettings
+from fl_lightning.schedules import (
+    Delivery,
+    Dispatch,
+    Occasion,
+    Plan,
+    Sampler,
+    Schedule,
+    SynchronousSchedule,
+    Timing,
+    cohort_size,
+    require_enough,
+)
+from fl_lightning.schedules.lanes import sort_key
+from fl_lightning.seeding import seed_for
+from fl_lightning.types import ClientId, ClientTask, Tree, Work
+
+__all__ = ["Dispatcher", "check_schedule", "schedule_of"]
+
+
+def schedule_of(trainer: Any) -> Schedule:
+    """Return the schedule of a fit, new and without history: the trainer's, or rounds in step."""
+    return copy.deepcopy(trainer.schedule) if trainer.schedule is not None else SynchronousSchedule()
+
+
+def check_schedule(settings: FederationSettings, fleet: Any, sampler: Any, schedule: Any) -> None:
+    """Raise for devices without a clock, and for a schedule beside one that the algorithm brings itself.
+
+    Raises:
+        MisconfigurationException: says what to write instead.
+    """
+    if fleet is not None and (isinstance(fleet, type) or not isinstance(fleet, Timing)):
+        raise MisconfigurationException(
+            f"Expected fleet to say how long clients take, with seconds(client_id, num_steps, num_bytes_down, "
+            f"num_bytes_up, at), got {fleet!r}."
+        )
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise MisconfigurationException(
+            f"Expected schedule to be a Schedule of fl_lightning.schedules, got {schedule!r}. Leave it out for rounds "
+            "in which everyone who was drawn reports."
+        )
+
+
+class Dispatcher:
+    """Asks the schedule for the plan of each round and turns it into tasks.
+
+    It keeps the virtual clock, the number of dispatches, the clients' step counts and the versions of the model that
+    clients in flight train from; a checkpoint holds them as they were after the last committed round.
+
+    Args:
+        settings: the user's choices.
+        population: the clients.
+        sampler: draws cohorts.
+        schedule: who works when.
+        timing: how long clients take, or ``None``.
+    """
+
+    def __init__(
+        self,
+        settings: FederationSettings,
+        population: ClientPopulation,
+        sampler: Sampler,
+        schedule: Schedule,
+        timing: Timing | None = None,
+    ) -> None:
+        self.settings = settings
+        self.population = population
+        self.sampler = sampler
+        self.schedule = schedule
+        self.timing = timing
+        self.limits: Mapping[str, Any] = {}
+        """Lightning's arguments of local training that bound the number of steps."""
+        self.num_dispatched = 0
+        self.clock = 0.0
+        self.bytes_down = self.bytes_up = 0
+        self.client_steps: dict[ClientId, int] = {}
+        self.versions: dict[int, Mapping[str, Tree]] = {}
+        self._plan: Plan | None = None
+        self._committed: dict[str, Any] | None = None
+
+    # ---- a round -----------------------------------------------------------------------------------------------
+
+    def plan(self, round: int, at_most: int | None = None) -> Plan:
+        """Return the plan of a round.
+
+        Raises:
+            NotEnoughClientsError: when fewer than ``min_clients`` exist or are chosen.
+        """
+        if self._committed is None:  # an error before the first commit leaves the beginning behind
+            self._committed = self._state()
+        available = len(self.population.client_ids())
+        require_enough(available, self.settings.min_clients, round)
+        size = cohort_size(self.settings.clients_per_round, available)
+        if at_most is not None:
+            at_most = max(at_most, self.settings.algorithm.fewest_clients)
+            size = min(size, at_most)
+        factor = self._lr_factor(round)
+        occasion = Occasion(
+            round,
+            self.clock,
+            self.settings.seed,
+            self.population,
+            size,
+            self.num_dispatched,
+            self.bytes_down,
+            self.bytes_up,
+            at_most,
+            lambda size: self._choose(size, round),
+            lambda client_id: self._work(client_id, factor),
+            self.num_steps,
+            self.timing,
+        )
+        self._plan = plan = self.schedule.plan(occasion)
+        used = (dispatch.dispatch_id for dispatch in (*plan.dispatches, *plan.in_flight))
+        self.num_dispatched = max(self.num_dispatched, 1 + max(used, default=-1))
+        self.clock = plan.finished_at
+        return plan
+
+    def _choose(self, size: int, round: int) -> list[ClientId]:
+        """Return a cohort, in an order that does not depend on the population's."""
+        cohort = self.sampler.cohort(self.population, size, self.settings.seed, round)
+        if len(set(cohort)) != len(cohort):
+            twice = next(client_id for client_id in cohort if cohort.count(client_id) > 1)
+            raise MisconfigurationException(
+                f"{type(self.sampler).__name__} chose client {twice!r} twice in round {round}; a cohort has no doubles."
+            )
+        require_enough(len(cohort), self.settings.min_clients, round)
+        self.settings.algorithm.check_cohort(len(cohort))  # before anyone trains in vain
+        return sorted(cohort, key=sort_key)
+
+    def _lr_factor(self, round: int) -> float:
+        schedule = self.settings.client_lr_schedule
+        return 1.0 if schedule is None else float(schedule(round))
+
+    def _work(self, client_id: ClientId, factor: float) -> Work:
+        override = dict(self.settings.client_overrides.get(client_id, {}))
+        steps = override.get("steps", None if "epochs" in override else self.settings.local_steps)
+        epochs = None if steps is not None else override.get("epochs", self.settings.local_epochs)
+        return Work(epochs, steps, factor, override.get("lr"), override.get("batch_size"))
+
+    def tasks(self, plan: Plan, round: int) -> list[ClientTask]:
+        """Return the tasks of a plan; :attr:`versions` must hold the broadcasts that they train from."""
+        return [self._task(dispatch, round) for dispatch in plan.dispatches]
+
+    def _task(self, dispatch: Dispatch, round: int) -> ClientTask:
+        purpose = f"training {dispatch.repeat}" if dispatch.repeat else "training"
+        seed = seed_for(self.settings.seed, dispatch.version, dispatch.client_id, purpose)
+        task = ClientTask(
+            dispatch.client_id, round, dispatch.dispatch_id, self.versions[dispatch.version], seed, dispatch.work
+        )
+        return task.with_work(step_offset=self.client_steps.get(dispatch.client_id, 0))
+
+    # ---- how much work that is ---------------------------------------------------------------------------------
+
+    def num_steps(self, client_id: ClientId, work: Work) -> int:
+        """Return how many optimizer steps some work is, by the length of the client's loader."""
+        if work.steps is not None:
+            return work.steps
+        try:
+            batches = sized_len(self.population.client_dataloader(client_id, work.batch_size))
+        except Exception:  # a loader that cannot be opened is the client's failure, and named when it trains
+            batches = None
+        limit = self.limits.get("overfit_batches") or self.limits.get("limit_train_batches")
+        if batches is not None and limit is not None:
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        elif batches is None:
+            batches = limit if isinstance(limit, int) else 1
+        return (work.epochs or 1) * math.ceil(batches / (self.limits.get("accumulate_grad_batches") or 1))
+
+    def estimated_work(self, client_id: ClientId, work: Work) -> float:
+        """Return how much work a client has, for lanes of about equal length."""
+        if work.steps is not None:
+            return float(work.steps)
+        try:
+            size = self.population.client_size(client_id) or 1
+        except Exception:  # a loader that cannot be opened is the client's failure, and named when it trains
+            size = 1
+        return float(size * (work.epochs or 1))
+
+    # ---- what lasts --------------------------------------------------------------------------------------------
+
+    def keep_versions(self, plan: Plan) -> None:
+        """Forget the versions that no client in flight trains from."""
+        needed = {dispatch.version for dispatch in plan.in_flight}
+        self.versions = {version: sent for version, sent in self.versions.items() if version in needed}
+
+    def learn(self, deliveries: Sequence[Delivery], num_bytes_down: int, downloads: int) -> Mapping[str, float]:
+        """Look at what came back: the schedule learns from it, and later rounds take its bytes for granted."""
+        assert self._plan is not None
+        sent = [delivery.num_bytes_up for delivery in deliveries if delivery.failure is None]
+        if sent:
+            self.bytes_up = round(sum(sent) / len(sent))
+        if downloads:
+            self.bytes_down = round(num_bytes_down / downloads)
+        return self.schedule.learn(self._plan, deliveries)
+
+    def commit(self) -> None:
+        """Make the state of the round that just ended the one that a checkpoint holds."""
+        self._committed = self._state()
+
+    def count_steps(self, num_steps: Iterable[tuple[ClientId, int]]) -> None:
+        """Advance clients' step counts."""
+        for client_id, steps in num_steps:
+            self.client_steps[client_id] = self.client_steps.get(client_id, 0) + steps
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "num_dispatched": self.num_dispatched,
+            "clock": self.clock,
+            "bytes": [self.bytes_down, self.bytes_up],
+            "schedule": {type(self.schedule).__name__: self.schedule.state_dict()},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, as it was after the last committed round."""
+        return {**copy.deepcopy(self._committed or self._state()), "client_steps": dict(self.client_steps)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a checkpoint's state."""
+        self.num_dispatched, self.clock = state["num_dispatched"], state.get("clock", 0.0)
+        self.bytes_down, self.bytes_up = state.get("bytes", [self.bytes_down, self.bytes_up])
+        self.client_steps = dict(state["client_steps"])
+        for name, own in state.get("schedule", {}).items():
+            if name == type(self.schedule).__name__:
+                self.schedule.load_state_dict(copy.deepcopy(own))
+            elif own:
+                raise MisconfigurationException(
+                    f"The checkpoint was written with schedule={name}(...), and this trainer runs "
+                    f"{type(self.schedule).__name__}. Resume with the checkpoint's schedule."
+                )
+        self._committed = self._state()
