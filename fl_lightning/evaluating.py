@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 
 from fl_lightning.data.forwarding import as_lightning_datamodule
 from fl_lightning.inputs import is_datamodule, plain_module
+from fl_lightning.local.quiet import without_hints
 from fl_lightning.resuming import best_to_evaluate, last_to_evaluate
 from fl_lightning.server import as_lightning
 
@@ -102,6 +103,7 @@ class EvaluatingTrainer(pl.Trainer):
             ckpt_path = best_to_evaluate(self.loggers, self.checkpoint_callbacks)
         module = model if model is not None else self.lightning_module
         with ExitStack() as stack:
+            stack.enter_context(without_hints())
             if module is not None:
                 stack.enter_context(as_lightning(plain_module(module)))
             yield ckpt_path, data

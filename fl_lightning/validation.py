@@ -52,7 +52,7 @@ def check_arguments(
         if local_epochs is not None:
             raise MisconfigurationException(
                 f"local_epochs={local_epochs} and local_steps={settings.local_steps} both say when a client's round "
-                "ends. Give one of them."
+                "ends. Give one of them; the other is None (null on the command line)."
             )
     _at_least_one("evaluate_every_n_rounds", settings.evaluate_every_n_rounds)
     _count_or_fraction("clients_per_round", settings.clients_per_round)
