@@ -143,10 +143,16 @@ class Dispatcher:
 
     def _lr_factor(self, round: int) -> float:
         schedule = self.settings.client_lr_schedule
-        return 1.0 if schedule is None else float(schedule(round))
+        factor = 1.0 if schedule is None else schedule(round)
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+            raise MisconfigurationException(
+                f"Expected client_lr_schedule({round}) to return a finite factor >= 0, got {factor!r}. Return 1.0 to "
+                "leave the clients' learning rates alone."
+            )
+        return float(factor)
 
     def _work(self, client_id: ClientId, factor: float) -> Work:
-        override = dict(self.settings.client_overrides.get(client_id, {}))
+        override = self.settings.override_of(client_id)
         steps = override.get("steps", None if "epochs" in override else self.settings.local_steps)
         epochs = None if steps is not None else override.get("epochs", self.settings.local_epochs)
         return Work(epochs, steps, factor, override.get("lr"), override.get("batch_size"))

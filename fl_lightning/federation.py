@@ -88,6 +88,7 @@ class Federation:
         dispatcher.bytes_down = dispatcher.bytes_up = num_bytes([self.model(), self.buffers()])
         self.store: ClientStore | None = None
         self.interrupted: Callable[[], bool] = lambda: False
+        self.on_cohort: Callable[[Sequence[ClientId]], None] = lambda cohort: None
         self.on_client_end: Callable[[ClientId, int, int, int], None] = lambda *_: None
 
     # ---- what the server holds ---------------------------------------------------------------------------------
@@ -118,6 +119,7 @@ class Federation:
         """Let the cohort of a round train and turn what comes back into the server's gradient."""
         begin = time.perf_counter()
         plan = self.dispatcher.plan(round, at_most)
+        self.on_cohort([dispatch.client_id for dispatch in plan.dispatches])
         downloads = self._send(round, plan)
         tasks = self.dispatcher.tasks(plan, round)
         partial, single, results = self._run_lanes(tasks)

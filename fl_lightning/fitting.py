@@ -101,7 +101,7 @@ class FederatedFit:
         folder = self._run_folder()
         federation.store = ClientStore(folder / "memory")
         federation.interrupted = lambda: trainer.received_sigterm
-        federation.on_client_end = self._client_ended
+        federation.on_cohort, federation.on_client_end = self.curves.join, self._client_ended
         self.rounds = (
             RoundsFile(folder / "rounds.jsonl") if trainer.is_global_zero and not trainer.fast_dev_run else None
         )
@@ -181,6 +181,7 @@ class FederatedFit:
         self._evaluate_clients(outcome.report)
         if self.trainer.is_global_zero and self._charts_are_due():
             self.charts.round(outcome.report, outcome.results)
+        self._notify("on_round_end", outcome.report)
         outcome.results = []
         self._outcome, self._open_report = None, outcome.report
         self.trainer.lightning_module.zero_grad()
@@ -217,10 +218,13 @@ class FederatedFit:
             self.rounds.append(report)
 
     def _client_ended(self, client_id: ClientId, done: int, total: int, num_examples: int) -> None:
+        self._notify("on_client_end", client_id, done, total, num_examples)
+
+    def _notify(self, hook: str, *arguments: Any) -> None:
         for callback in self.trainer.callbacks:
-            notify = getattr(callback, "on_client_end", None)
+            notify = getattr(callback, hook, None)
             if notify is not None:
-                notify(self.trainer, client_id, done, total, num_examples)
+                notify(self.trainer, *arguments)
 
     # ---- the server's optimizer --------------------------------------------------------------------------------
 
@@ -317,6 +321,7 @@ class FederatedFit:
         if saved["state"]:
             federation.state = _on_device(saved["state"], federation.device)
         federation.dispatcher.load_state_dict(saved)
+        self.curves.join(saved["client_steps"])
         old = _old_folder(saved["folder"], self.trainer.ckpt_path)
         assert federation.store is not None
         if old is not None and old.resolve() != folder.resolve() and saved["memory"]:

@@ -67,7 +67,7 @@ class FederatedTrainer(EvaluatingTrainer):
         transforms: what updates pass through between client and server, in order (``fl_lightning.transforms``).
         min_clients: fewest clients that must exist, take part and deliver.
         on_bad_update: ``"raise"`` stops at a client that fails or sends NaN; ``"skip"`` goes on and reports it.
-        client_overrides: by client id, any of ``epochs``, ``steps``, ``lr`` and ``batch_size``.
+        client_overrides: by client id, or a function of it, any of ``epochs``, ``steps``, ``lr`` and ``batch_size``.
         evaluate_clients: evaluate the global model on clients' own data: everyone, a count, or a fraction.
         evaluate_every_n_rounds: how often, among the rounds that validate.
         log_clients: whose curves are kept: ``"auto"`` (at most 100), a count, ids, a pattern, ``True`` or ``False``.
@@ -116,7 +116,7 @@ class FederatedTrainer(EvaluatingTrainer):
         transforms: Transform | list[Transform] | None = None,
         min_clients: int = 1,
         on_bad_update: Literal["raise", "skip"] = "raise",
-        client_overrides: dict[Any, dict[str, Any]] | None = None,
+        client_overrides: dict[Any, dict[str, Any]] | Callable[[Any], dict[str, Any] | None] | None = None,
         evaluate_clients: bool | int | float = False,
         evaluate_every_n_rounds: int = 1,
         log_clients: bool | int | str | list[Any] = "auto",
@@ -136,7 +136,7 @@ class FederatedTrainer(EvaluatingTrainer):
             local_steps=local_steps,
             min_clients=min_clients,
             on_bad_update=on_bad_update,
-            client_overrides=dict(client_overrides or {}),
+            client_overrides=client_overrides or {},
             client_lr_schedule=client_lr_schedule,
             batch_norm=batch_norm,
             transforms=all_transforms(transforms, client_callbacks),

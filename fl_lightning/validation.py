@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fl_lightning.algorithms.base import Algorithm
-from fl_lightning.federation import FederationSettings
+from fl_lightning.federation_settings import FederationSettings, Overrides, check_override
 from fl_lightning.types import ClientId
 
 __all__ = ["check_arguments", "check_overrides", "check_parts"]
@@ -16,7 +16,6 @@ __all__ = ["check_arguments", "check_overrides", "check_parts"]
 _SHARDING = ("fsdp", "deepspeed", "modelparallel", "model_parallel")
 _METHODS = {"sampler": "cohort", "engine": "session"}
 _HOMES = {"sampler": "schedules", "engine": "engines"}
-_OVERRIDES = {"epochs": int, "steps": int, "lr": float, "batch_size": int}
 
 
 def check_arguments(
@@ -58,8 +57,9 @@ def check_arguments(
     _count_or_fraction("clients_per_round", settings.clients_per_round)
     if settings.evaluate_clients is not True and settings.evaluate_clients is not False:
         _count_or_fraction("evaluate_clients", settings.evaluate_clients)
-    for client_id, override in settings.client_overrides.items():
-        _check_override(client_id, override)
+    if not callable(settings.client_overrides):
+        for client_id, override in settings.client_overrides.items():
+            check_override(client_id, override)
 
 
 def check_parts(given: Mapping[str, Any], client_callbacks: Any) -> None:
@@ -102,19 +102,22 @@ def _is_callback(value: Any) -> bool:
     )
 
 
-def check_overrides(overrides: Mapping[ClientId, Any], client_ids: Sequence[ClientId]) -> None:
+def check_overrides(overrides: Overrides, client_ids: Sequence[ClientId]) -> None:
     """Raise for an override of a client that does not exist: it would never be used, and nobody would notice.
 
     Raises:
         MisconfigurationException: names the client.
     """
+    if callable(overrides):
+        return  # it is asked for those who take part
     known = client_ids if isinstance(client_ids, range) or not overrides else set(client_ids)
     for client_id in overrides:
         if client_id not in known:
             shown = ", ".join(map(repr, client_ids[:5])) + (", …" if len(client_ids) > 5 else "")
             raise MisconfigurationException(
                 f"client_overrides names {client_id!r}, which is none of the {len(client_ids)} clients ({shown}). Use "
-                "the ids as client_ids() gives them: 1 and '1' are different clients."
+                "the ids as client_ids() gives them: 1 and '1' are different clients. For clients that join later, "
+                "give a function: client_overrides=lambda client_id: {'epochs': 2} if client_id == ... else None."
             )
 
 
@@ -143,20 +146,6 @@ def _check_rounds(max_rounds: int | None, lightning: Mapping[str, Any], settings
         raise MisconfigurationException(
             f"Expected max_rounds to be an integer >= 0, or -1 for no limit, got {max_rounds!r}."
         )
-
-
-def _check_override(client_id: Any, override: Any) -> None:
-    unknown = sorted(set(override) - set(_OVERRIDES)) if isinstance(override, Mapping) else [override]
-    if unknown:
-        raise MisconfigurationException(
-            f"client_overrides[{client_id!r}] has {unknown}; expected any of {sorted(_OVERRIDES)}, for example "
-            f"client_overrides={{{client_id!r}: {{'epochs': 2, 'lr': 0.05}}}}."
-        )
-    if "epochs" in override and "steps" in override:
-        raise MisconfigurationException(f"client_overrides[{client_id!r}] has both epochs and steps; give one of them.")
-    for name, value in override.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise MisconfigurationException(f"Expected client_overrides[{client_id!r}][{name!r}] > 0, got {value!r}.")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

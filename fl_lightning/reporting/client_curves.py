@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,9 +42,9 @@ class ClientCurves:
 
     Args:
         loggers: the federation's loggers.
-        log_clients: ``"auto"`` (all clients of a population of at most 100, else its first 100), a count (the first so
-            many), a list of ids, a glob (``"site-*"``) or ``"re:<regular expression>"`` over ``str(id)``, ``True`` or
-            ``False``.
+        log_clients: ``"auto"`` (all clients of a population of at most 100, else the first 100 that take part), a count
+            (the first so many), a list of ids, a glob (``"site-*"``) or ``"re:<regular expression>"`` over ``str(id)``,
+            ``True`` or ``False``.
         client_ids: the population, or a function that returns it; only its first ids are looked at.
 
     Example:
@@ -63,12 +63,25 @@ class ClientCurves:
         self.log_clients = log_clients
         self._loggers = [logger for logger in loggers if not is_logger(logger, "DummyLogger")]
         self._writer: AppendingSummaryWriter | None = None
+        self._joined: dict[ClientId, None] = {}
         self.update_population(client_ids() if callable(client_ids) else client_ids)
 
     def update_population(self, client_ids: Sequence[ClientId]) -> None:
         """Apply the rule to the clients that exist now."""
-        self._wants: Callable[[ClientId], bool] = client_filter(self.log_clients, client_ids)
+        if self.log_clients == "auto" and len(client_ids) > AUTO_CLIENTS:
+            # the first ids of a million would hardly ever take part
+            self._wants: Callable[[ClientId], bool] = self._joined.__contains__
+            self._named: Container[ClientId] = self._joined
+            return
+        self._wants = client_filter(self.log_clients, client_ids)
         self._named = first_wanted(self.log_clients, client_ids, self._wants, AUTO_CLIENTS)
+
+    def join(self, client_ids: Iterable[ClientId]) -> None:
+        """Say who takes part, in an order that is the same in every process; ``"auto"`` keeps the first of them."""
+        for client_id in client_ids:
+            if len(self._joined) == AUTO_CLIENTS:
+                return
+            self._joined[client_id] = None
 
     def wants(self, client_id: ClientId) -> bool:
         """Return whether this client's curves are kept: a pure rule, the same in every process and every round."""

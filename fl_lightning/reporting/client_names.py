@@ -57,7 +57,8 @@ def client_filter(log_clients: LogClients, client_ids: Sequence[ClientId]) -> Ca
     """Return the pure rule that says whether a client's curves are kept.
 
     Args:
-        log_clients: ``"auto"``: everyone in a population of at most 100, otherwise its first 100 ids; a count: the
+        log_clients: ``"auto"``: everyone in a population of at most 100, otherwise its first 100 ids (of those that
+            take part, :class:`~fl_lightning.reporting.ClientCurves` adds); a count: the
             first so many ids; ids: those; another string: a glob over ``str(id)``, or a regular expression that must
             match all of it after ``"re:"``; ``True`` and ``False``: all and none.
         client_ids: the population, of which only the first ids are looked at.

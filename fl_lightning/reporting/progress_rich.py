@@ -17,7 +17,7 @@ from fl_lightning.reporting.round_clock import (
     shown_metrics,
     title,
 )
-from fl_lightning.types import ClientId
+from fl_lightning.types import ClientId, RoundReport
 
 if TYPE_CHECKING:
     from rich.progress import Task
@@ -68,6 +68,10 @@ class FederatedRichProgressBar(RichProgressBar):
         """Show that a client of the round is done; arguments as for :class:`FederatedTQDMProgressBar`."""
         self._clock.client_ended(done, total, num_examples)
         self._draw(trainer, trainer.current_epoch + self._clock.fraction)
+
+    def on_round_end(self, trainer: pl.Trainer, report: RoundReport) -> None:
+        """Show the whole round, of all processes."""
+        self._clock.round_ended(report)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from fl_lightning.reporting.round_clock import RoundClock, is_live, line_is_due, max_rounds, round_line, title
-from fl_lightning.types import ClientId
+from fl_lightning.types import ClientId, RoundReport
 
 __all__ = ["FederatedTQDMProgressBar"]
 
@@ -74,6 +74,10 @@ class FederatedTQDMProgressBar(TQDMProgressBar):
         self._clock.client_ended(done, total, num_examples)
         if self._should_update(done, total):
             self._draw(trainer, trainer.current_epoch + self._clock.fraction)
+
+    def on_round_end(self, trainer: pl.Trainer, report: RoundReport) -> None:
+        """Show the whole round, of all processes."""
+        self._clock.round_ended(report)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -12,6 +12,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from fl_lightning.types import RoundReport
+
 __all__ = ["RoundClock", "is_live", "line_is_due", "max_rounds", "metric_texts", "round_line", "shown_metrics", "title"]
 
 _LINES = 20  # of a whole run, where the output is a file and no terminal
@@ -40,6 +42,13 @@ class RoundClock:
         seconds = time.monotonic() - self._started
         if seconds > 0:
             self.rate = f"{self._num_examples / seconds:,.0f} examples/s"
+
+    def round_ended(self, report: RoundReport) -> None:
+        """Show what all processes did together; until then it is this one's share."""
+        self.done = len(report.cohort)
+        self.total = self.done + len(report.skipped) + len(report.dropped)
+        if report.seconds > 0:
+            self.rate = f"{report.num_examples / report.seconds:,.0f} examples/s"
 
     @property
     def fraction(self) -> float:

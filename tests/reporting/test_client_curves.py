@@ -14,6 +14,16 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from fl_lightning.reporting import ClientCurves, ClientLogger, Record
 
 
+def test_automatic_keeps_the_first_that_take_part_of_a_large_population(tmp_path: Path) -> None:
+    curves = ClientCurves([TensorBoardLogger(tmp_path)], "auto", range(10**6))
+    assert not curves.wants(999_999)
+    curves.join([999_999, 5])
+    curves.join(range(1000, 2000))
+    curves.update_population(range(10**6 + 1))
+    kept = [curves.wants(client) for client in (999_999, 5, 0, 1000, 1097, 1098)]
+    assert kept == [True, True, False, True, True, False]
+
+
 def points(client: Any, start: int, count: int) -> list[Record]:
     logger = ClientLogger()
     for step in range(start, start + count):

@@ -15,6 +15,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from fl_lightning.reporting import FederatedRichProgressBar, FederatedTQDMProgressBar, federated_progress_bar
 from fl_lightning.reporting.round_clock import RoundClock
+from fl_lightning.types import RoundReport
 
 CLIENTS = 4
 
@@ -51,6 +52,15 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.setenv("COLUMNS", "150")
     monkeypatch.setenv("TERM", "xterm")
     return Terminal()
+
+
+def test_the_end_of_a_round_counts_all_processes() -> None:
+    """While clients train, a process knows its own share; the report of the round has everyone's."""
+    clock = RoundClock()
+    clock.start()
+    clock.client_ended(2, 2, 100)
+    clock.round_ended(RoundReport(0, ["a", "b", "c"], num_examples=900, seconds=3.0, skipped={"d": "NaN"}))
+    assert (clock.clients, clock.rate) == ("clients 3/4", "300 examples/s")
 
 
 def run(bar: Callback | None, rounds: int = 3, module: Any = None, **arguments: Any) -> pl.Trainer:

@@ -91,9 +91,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"strategy": "fsdp", "devices": 2}, "strategy='fsdp' shards the model"),
     ({"num_lanes": 3}, "power of two"),
     ({"local_epochs": 2, "local_steps": 5}, "local_epochs=2 and local_steps=5 both say when a client's round ends"),
-    ({"sampler": object()}, r"sampler to be an object with a method cohort\(\)"),
-    ({"engine": object()}, r"engine to be an object with a method session\(\)"),
+    ({"sampler": "uniform"}, r"sampler to be an object with a method cohort\(\)"),
+    ({"engine": "spawned"}, r"engine to be an object with a method session\(\)"),
     ({"client_callbacks": [3]}, "client_callbacks to be Lightning callbacks, got 3"),
+    ({"client_lr_schedule": lambda round: None}, r"client_lr_schedule\(0\) to return a finite factor >= 0, got None"),
+    ({"client_lr_schedule": lambda round: -0.1}, r"finite factor >= 0, got -0.1"),
+    (
+        {"client_overrides": lambda client: {"speed": 1}},
+        r"client_overrides\['s[01]'\] has \['speed'\]; expected any of",
+    ),
+    ({"client_overrides": {"s9": {"epochs": 2}}}, r"names 's9', which is none of the 2 clients .*=lambda client_id"),
     ({"client_lr_schedule": 0.5}, "client_lr_schedule to be a function of the round"),
 ]
 

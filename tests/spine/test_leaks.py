@@ -286,6 +286,20 @@ def test_an_override_of_batch_size_for_a_mapping_of_loaders() -> None:
     assert changed.round_history[0].num_steps == plain.round_history[0].num_steps
 
 
+def test_an_override_by_a_function_reaches_a_client_that_joins_later() -> None:
+    clients = sites(2)
+
+    class Joins(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            clients["new"] = loader(20)
+
+    trainer = fit_federated(
+        Classifier(), clients, max_rounds=2, callbacks=[Joins()],
+        client_overrides=lambda client_id: {"steps": 7} if client_id == "new" else {"steps": 1},
+    )  # fmt: skip
+    assert [report.num_steps for report in trainer.round_history] == [2, 2 + 7]
+
+
 def test_an_override_of_batch_size_needs_a_loader_that_can_be_built_again() -> None:
     with pytest.raises(MisconfigurationException, match=r"loader is a list that cannot be built again"):
         fit_federated(Classifier(), {"a": list(loader(8))}, client_overrides={"a": {"batch_size": 4}})
