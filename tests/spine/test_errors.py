@@ -352,9 +352,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
 
     module = Classifier()
     keep = ModelCheckpoint(tmp_path / "kept", filename="last", save_top_k=1, enable_version_counter=False)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+    with monkeypatch.context() as patch:
         patch.setattr(LocalFileOpener, "write", full)
-        fit_federated(module, ServedSites(sites(3)), max_rounds=5, enable_checkpointing=True, callbacks=[keep])
+        with pytest.raises(OSError, match="No space left on device"):
+            fit_federated(module, ServedSites(sites(3)), max_rounds=5, enable_checkpointing=True, callbacks=[keep])
     assert [Path(path).name for path in writes] == ["last.ckpt"] * 3
     assert type(module) is Classifier
     (survivor,) = (tmp_path / "kept").glob("*.ckpt")
