@@ -17,6 +17,7 @@ from fl_lightning.algorithms import (
     Scaffold,
 )
 from fl_lightning.data import IID, Dirichlet, FederatedDataModule, Natural, Quantity, Shards
+from fl_lightning.devices import DeviceFleet
 from fl_lightning.trainer import FederatedTrainer
 from fl_lightning.transforms import ErrorFeedback, Quantize, RandomK, TopK, chain
 from fl_lightning.types import ClientTask, ClientUpdate, RoundReport
@@ -28,6 +29,7 @@ __all__ = [
     "IID",
     "ClientTask",
     "ClientUpdate",
+    "DeviceFleet",
     "Dirichlet",
     "Ditto",
     "ErrorFeedback",

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.fabric.utilities.data import sized_len
 
 from fl_lightning.data import ClientPopulation
+from fl_lightning.devices import DeviceFleet, DeviceRounds
 from fl_lightning.errors import MisconfigurationException
 from fl_lightning.federation_settings import FederationSettings
 from fl_lightning.schedules import (
@@ -33,7 +34,11 @@ __all__ = ["Dispatcher", "check_schedule", "schedule_of"]
 
 def schedule_of(trainer: Any) -> Schedule:
     """Return the schedule of a fit, new and without history: the trainer's, or rounds in step."""
-    return copy.deepcopy(trainer.schedule) if trainer.schedule is not None else SynchronousSchedule()
+    if trainer.schedule is not None:
+        schedule: Schedule = copy.deepcopy(trainer.schedule)
+        return schedule
+    # devices have conditions, and rounds in step would not ask for them
+    return DeviceRounds() if isinstance(trainer.fleet, DeviceFleet) else SynchronousSchedule()
 
 
 def check_schedule(settings: FederationSettings, fleet: Any, sampler: Any, schedule: Any) -> None:
@@ -51,6 +56,11 @@ def check_schedule(settings: FederationSettings, fleet: Any, sampler: Any, sched
         raise MisconfigurationException(
             f"Expected schedule to be a Schedule of fl_lightning.schedules, got {schedule!r}. Leave it out for rounds "
             "in which everyone who was drawn reports."
+        )
+    if isinstance(schedule, DeviceRounds) and not isinstance(fleet, DeviceFleet):
+        raise MisconfigurationException(
+            f"DeviceRounds needs devices, got fleet={fleet!r}. Write FederatedTrainer(fleet=DeviceFleet("
+            "profile='smartphones'), schedule=DeviceRounds(...))."
         )
 
 
@@ -78,7 +88,8 @@ class Dispatcher:
     ) -> None:
         self.settings = settings
         self.population = population
-        self.sampler = sampler
+        # what a sampler learns is this fit's
+        self.sampler = copy.deepcopy(sampler) if _state_of(sampler) else sampler
         self.schedule = schedule
         self.timing = timing
         self.limits: Mapping[str, Any] = {}
@@ -122,6 +133,7 @@ class Dispatcher:
             lambda client_id: self._work(client_id, factor),
             self.num_steps,
             self.timing,
+            lambda size, wave: self._draw(size, wave, round),
         )
         self._plan = plan = self.schedule.plan(occasion)
         used = (dispatch.dispatch_id for dispatch in (*plan.dispatches, *plan.in_flight))
@@ -131,15 +143,20 @@ class Dispatcher:
 
     def _choose(self, size: int, round: int) -> list[ClientId]:
         """Return a cohort, in an order that does not depend on the population's."""
-        cohort = self.sampler.cohort(self.population, size, self.settings.seed, round)
+        cohort = self._draw(size, 0, round)
+        require_enough(len(cohort), self.settings.min_clients, round)
+        self.settings.algorithm.check_cohort(len(cohort))  # before anyone trains in vain
+        return sorted(cohort, key=sort_key)
+
+    def _draw(self, size: int, wave: int, round: int) -> list[ClientId]:
+        seed = seed_for(self.settings.seed, round, None, f"wave {wave}") if wave else self.settings.seed
+        cohort = self.sampler.cohort(self.population, size, seed, round)
         if len(set(cohort)) != len(cohort):
             twice = next(client_id for client_id in cohort if cohort.count(client_id) > 1)
             raise MisconfigurationException(
                 f"{type(self.sampler).__name__} chose client {twice!r} twice in round {round}; a cohort has no doubles."
             )
-        require_enough(len(cohort), self.settings.min_clients, round)
-        self.settings.algorithm.check_cohort(len(cohort))  # before anyone trains in vain
-        return sorted(cohort, key=sort_key)
+        return cohort
 
     def _lr_factor(self, round: int) -> float:
         schedule = self.settings.client_lr_schedule
@@ -211,6 +228,8 @@ class Dispatcher:
             self.bytes_up = round(sum(sent) / len(sent))
         if downloads:
             self.bytes_down = round(num_bytes_down / downloads)
+        if isinstance(self.sampler, Sampler):
+            self.sampler.learn(self._plan, deliveries)
         return self.schedule.learn(self._plan, deliveries)
 
     def commit(self) -> None:
@@ -228,6 +247,7 @@ class Dispatcher:
             "clock": self.clock,
             "bytes": [self.bytes_down, self.bytes_up],
             "schedule": {type(self.schedule).__name__: self.schedule.state_dict()},
+            "sampler": {type(self.sampler).__name__: _state_of(self.sampler)},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -239,12 +259,21 @@ class Dispatcher:
         self.num_dispatched, self.clock = state["num_dispatched"], state.get("clock", 0.0)
         self.bytes_down, self.bytes_up = state.get("bytes", [self.bytes_down, self.bytes_up])
         self.client_steps = dict(state["client_steps"])
-        for name, own in state.get("schedule", {}).items():
-            if name == type(self.schedule).__name__:
-                self.schedule.load_state_dict(copy.deepcopy(own))
+        for part in ("schedule", "sampler"):
+            self._load(part, getattr(self, part), state.get(part, {}))
+        self._committed = self._state()
+
+    def _load(self, part: str, now: Schedule | Sampler, saved: Mapping[str, Any]) -> None:
+        for name, own in saved.items():
+            if name == type(now).__name__ and own:
+                now.load_state_dict(copy.deepcopy(own))
             elif own:
                 raise MisconfigurationException(
-                    f"The checkpoint was written with schedule={name}(...), and this trainer runs "
-                    f"{type(self.schedule).__name__}. Resume with the checkpoint's schedule."
+                    f"The checkpoint was written with {part}={name}(...), and this trainer runs "
+                    f"{type(now).__name__}. Resume with the checkpoint's {part}."
                 )
-        self._committed = self._state()
+
+
+def _state_of(sampler: Any) -> dict[str, Any]:
+    """Whatever has ``cohort`` may be a sampler; only a subclass of ours can learn."""
+    return sampler.state_dict() if isinstance(sampler, Sampler) else {}

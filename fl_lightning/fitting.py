@@ -24,7 +24,7 @@ from fl_lightning.federation import Federation, RoundOutcome
 from fl_lightning.federation_settings import rehearsal
 from fl_lightning.local.client import ClientHalf
 from fl_lightning.local.worker import copied_module
-from fl_lightning.reporting import ClientCurves, RoundCharts, RoundsFile, cut_logs, flush_logs
+from fl_lightning.reporting import ClientCurves, DeviceCharts, RoundCharts, RoundsFile, cut_logs, flush_logs
 from fl_lightning.seeding import root_seed
 from fl_lightning.server import twin_of
 from fl_lightning.store import ClientStore
@@ -77,6 +77,11 @@ class FederatedFit:
         """Whether there is anything to save yet."""
         return self._federation is not None
 
+    @property
+    def newest_report(self) -> RoundReport | None:
+        """The report of the round that ends, ``None`` while its clients train."""
+        return self._open_report
+
     # ---- start and end -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -98,6 +103,7 @@ class FederatedFit:
             trainer.world_size,
             trainer.strategy.root_device,
         )
+        self.device_charts = DeviceCharts(self.charts, trainer.fleet, federation.dispatcher.schedule, self.population)
         folder = self._run_folder()
         federation.store = ClientStore(folder / "memory")
         federation.interrupted = lambda: trainer.received_sigterm
@@ -181,6 +187,7 @@ class FederatedFit:
         self._evaluate_clients(outcome.report)
         if self.trainer.is_global_zero and self._charts_are_due():
             self.charts.round(outcome.report, outcome.results)
+            self.device_charts.round(outcome.report)
         self._notify("on_round_end", outcome.report)
         outcome.results = []
         self._outcome, self._open_report = None, outcome.report
@@ -200,6 +207,7 @@ class FederatedFit:
         metrics = {f"clients/{name}": value for name, value in exact.items()}
         for name, values in own.items():
             metrics.update(self.charts.spread(f"clients/{name}", values))
+            metrics.update(self.device_charts.by_class(f"clients/{name}", values))
         report.metrics.update(metrics)
         log_values(trainer.lightning_module, metrics)
 
@@ -211,7 +219,7 @@ class FederatedFit:
         if self.trainer.fit_loop.epoch_loop._should_check_val_epoch():
             # Lightning keeps the values of the last validation; they are this round's only if it validated
             for name, value in self.trainer.callback_metrics.items():
-                if not name.startswith("clients/"):
+                if not name.startswith(("clients/", "devices/")):
                     report.metrics.setdefault(name, float(value))
         self.trainer.round_history.append(report)
         if self.rounds is not None:

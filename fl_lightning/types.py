@@ -43,6 +43,7 @@ class Work:
         lr: replaces the client's own learning rate before the factor (``client_overrides``); ``None`` keeps it.
         batch_size: replaces the batch size of the client's loader; ``None`` keeps it.
         deadline: seconds on the fleet's clock after which the client's report is late; ``None`` waits for ever.
+        partial: whether ``steps`` is less than the whole work, as a deadline leaves it.
         step_offset: steps that the client took in earlier rounds, where its curve goes on.
     """
 
@@ -52,6 +53,7 @@ class Work:
     lr: float | None = None
     batch_size: int | None = None
     deadline: float | None = None
+    partial: bool = False
     step_offset: int = 0
 
 

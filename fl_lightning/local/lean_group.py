@@ -225,7 +225,7 @@ class Group:
                 member.num_examples,
                 self._counts[row],
                 a_norm=extra.pop("a_norm", None),
-                status="partial" if extra.pop("partial", False) else "complete",
+                status="partial" if extra.pop("partial", member.job.task.work.partial) else "complete",
                 metrics=sums[row],
                 extra=extra,
             )

@@ -313,7 +313,7 @@ class _Run:
             num_examples=observer.num_examples,
             num_steps=observer.num_steps,
             a_norm=extra.pop("a_norm", None),
-            status="partial" if extra.pop("partial", False) else "complete",
+            status="partial" if extra.pop("partial", task.work.partial) else "complete",
             metrics=observer.metrics,
             extra=extra,
             memory=memory,

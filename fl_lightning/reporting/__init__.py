@@ -5,6 +5,7 @@ from fl_lightning.reporting.charts import RoundCharts, add_client_histograms, cl
 from fl_lightning.reporting.client_curves import ClientCurves
 from fl_lightning.reporting.client_names import LogClients, safe_name
 from fl_lightning.reporting.continuation import cut_logs, flush_logs, truncate_events
+from fl_lightning.reporting.device_charts import DeviceCharts
 from fl_lightning.reporting.progress import (
     FederatedRichProgressBar,
     FederatedTQDMProgressBar,
@@ -22,6 +23,7 @@ from fl_lightning.reporting.versions import (
 __all__ = [
     "ClientCurves",
     "ClientLogger",
+    "DeviceCharts",
     "FederatedRichProgressBar",
     "FederatedTQDMProgressBar",
     "LogClients",

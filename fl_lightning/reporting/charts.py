@@ -16,6 +16,7 @@ from fl_lightning.errors import MisconfigurationException
 from fl_lightning.local.recorder import Record, scalar_of
 from fl_lightning.metrics import higher_is_better, spread
 from fl_lightning.reporting.client_curves import is_logger
+from fl_lightning.schedules.reasons import round_summary
 from fl_lightning.types import ClientId, RoundReport
 
 __all__ = ["RoundCharts", "add_client_histograms", "client_layout", "spread_metrics"]
@@ -96,6 +97,7 @@ class RoundCharts:
     def __init__(self, loggers: Sequence[Logger]) -> None:
         self._loggers = [logger for logger in loggers if is_logger(logger, "TensorBoardLogger")]
         self._in_layout: set[str] = set()
+        self._sections: dict[str, dict[str, list[Any]]] = {}
 
     def round(self, report: RoundReport, results: Iterable[_ClientResult]) -> None:
         """Add the round's histograms over clients.
@@ -120,10 +122,12 @@ class RoundCharts:
             sizes[result.client_id] = result.num_examples
             for name, value, _ in filter(None, map(scalar_of, result.records)):
                 last.setdefault(f"round/{name}", {})[result.client_id] = value
-        for writer in self._writers():
+        for writer in self.writers():
             add_client_histograms(
                 writer, report.round, {**last, "round/update_norm": norms, "round/num_examples": sizes}
             )
+            if report.dropped:
+                writer.add_text("round/dropped", round_summary(report), report.round)
 
     def spread(self, name: str, values: Mapping[ClientId, float]) -> dict[str, float]:
         """Return the spread of a metric over clients, to be logged, and give it its charts.
@@ -135,9 +139,20 @@ class RoundCharts:
         if name not in self._in_layout:
             # one layout counts in a run, the newest; it is written again only when it has grown
             self._in_layout.add(name)
-            for writer in self._writers():
-                writer.add_custom_scalars(client_layout(self._in_layout))
+            self._write_layout()
         return spread_metrics(name, values)
+
+    def add_sections(self, sections: Mapping[str, dict[str, list[Any]]]) -> None:
+        """Add charts to the *Custom scalars* tab, by section and title; what is there already is not written again."""
+        merged = {name: {**self._sections.get(name, {}), **charts} for name, charts in sections.items()}
+        if any(self._sections.get(name) != charts for name, charts in merged.items()):
+            self._sections.update(merged)
+            self._write_layout()
+
+    def _write_layout(self) -> None:
+        layout = client_layout(self._in_layout) if self._in_layout else {}
+        for writer in self.writers():
+            writer.add_custom_scalars({**self._sections, **layout})
 
     def partition(self, source: Any) -> None:
         """Add the picture of who has which labels, if the data know their labels and matplotlib is installed.
@@ -150,11 +165,12 @@ class RoundCharts:
         try:
             client_ids, classes, counts = source.label_counts()
             distances = source.distance_to_global() if hasattr(source, "distance_to_global") else None
-            for writer in self._writers():
+            for writer in self.writers():
                 writer.add_figure("data/partition", partition_figure(client_ids, classes, counts, distances), 0)
         except (MisconfigurationException, ModuleNotFoundError) as error:
             rank_zero_info(f"No picture of the partition: {error}")
 
-    def _writers(self) -> list[Any]:
+    def writers(self) -> list[Any]:
+        """Return the ``SummaryWriter`` of every TensorBoard logger."""
         loggers: list[Any] = self._loggers
         return [logger.experiment for logger in loggers]

@@ -12,12 +12,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from fl_lightning.schedules.reasons import round_summary
 from fl_lightning.types import RoundReport
 
 __all__ = ["RoundClock", "is_live", "line_is_due", "max_rounds", "metric_texts", "round_line", "shown_metrics", "title"]
 
 _LINES = 20  # of a whole run, where the output is a file and no terminal
 _SHOWN = 4  # metrics that have place on a line of a terminal
+
+_REASONS = 3  # why clients did not deliver, the most frequent
 
 
 class RoundClock:
@@ -104,4 +107,12 @@ def line_is_due(trainer: pl.Trainer, refresh_rate: float) -> bool:
 def round_line(bar: ProgressBar, clock: RoundClock, trainer: pl.Trainer) -> str:
     """Return ``clients 7/10, 5,234 examples/s, val_acc=0.913``."""
     parts = [clock.clients, clock.rate, *metric_texts(shown_metrics(bar, trainer, trainer.lightning_module))]
-    return ", ".join(part for part in parts if part)
+    return ", ".join(part for part in [*parts, _dropped(trainer)] if part)
+
+
+def _dropped(trainer: pl.Trainer) -> str:
+    """Return ``dropped: 3 low battery, 2 offline``, once a round's clients are through."""
+    fit = getattr(trainer, "_fit", None)
+    report = fit.newest_report if fit is not None else None
+    reasons = round_summary(report).split(", ")[:_REASONS] if report is not None else []
+    return f"dropped: {', '.join(reasons)}" if any(reasons) else ""

@@ -76,6 +76,10 @@ class Plan:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+def _cannot_draw(size: int, wave: int) -> list[ClientId]:
+    raise NotImplementedError("This occasion has no sampler that draws in waves.")
+
+
 @dataclass(frozen=True, slots=True)
 class Occasion:
     """A round about to begin, as a schedule sees it.
@@ -95,6 +99,8 @@ class Occasion:
         work: what the user's arguments ask of a client.
         num_steps: optimizer steps that a client will take for its work, by the length of its loader.
         timing: how long clients take; ``None`` gives every step of every client one second.
+        draw: the sampler's cohort of a given size, in its own order and without a check of its size; the second
+            argument is the wave: 0 is the cohort that ``choose`` returns, further waves draw others.
     """
 
     round: int
@@ -110,6 +116,7 @@ class Occasion:
     work: Callable[[ClientId], Work]
     num_steps: Callable[[ClientId, Work], int]
     timing: Timing | None = None
+    draw: Callable[[int, int], list[ClientId]] = _cannot_draw
 
     def seconds(self, client_id: ClientId, work: Work, at: float) -> float:
         """Return how long a client takes for some work that it is sent at a time."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fl_lightning.errors import NotEnoughClientsError
+from fl_lightning.schedules.plan import Delivery, Plan
 from fl_lightning.seeding import seed_for
 from fl_lightning.types import ClientId, Population, RoundReport
 
@@ -37,7 +39,7 @@ def cohort_size(clients_per_round: int | float | None, num_clients: int) -> int:
 
 
 class Sampler:
-    """Chooses the cohort of a round. Subclasses are pure in ``(seed, round)``."""
+    """Chooses the cohort of a round. Subclasses are pure in ``(seed, round)`` and what :meth:`state_dict` returns."""
 
     def cohort(self, population: Population, size: int, seed: int, round: int) -> list[ClientId]:
         """Return the ids of the clients that take part.
@@ -49,6 +51,16 @@ class Sampler:
             round: 0-based round.
         """
         raise NotImplementedError(f"{type(self).__name__} must define cohort(population, size, seed, round).")
+
+    def learn(self, plan: Plan, deliveries: Sequence[Delivery]) -> None:
+        """Look at what came of a round, the same in every process; most samplers do not."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learned, for a checkpoint: tensors and primitives that later rounds do not change."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to what :meth:`state_dict` returned."""
 
 
 class UniformSampler(Sampler):

@@ -1,0 +1,122 @@
+"""How much a device is asked to do: less on a low battery, less before a deadline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from fl_lightning.errors import MisconfigurationException
+from fl_lightning.types import ClientId, Work
+
+__all__ = ["AdaptiveEpochs", "Circumstances", "DeadlineSteps", "WorkPolicy", "adapted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What a policy may look at.
+
+    Args:
+        client_id: who is asked.
+        battery: level in [0, 1].
+        charging: whether it is on the charger.
+        num_steps: optimizer steps that the work takes as it is.
+        step_seconds: seconds of one step on this device.
+        travel_seconds: seconds that the model and the update travel.
+        seconds_left: until the round's deadline; infinite without one.
+    """
+
+    client_id: ClientId
+    battery: float
+    charging: bool
+    num_steps: int
+    step_seconds: float
+    travel_seconds: float
+    seconds_left: float
+
+
+class WorkPolicy:
+    """Changes the work of a device by its circumstances. It is pure: the next round starts from the full work again."""
+
+    def adapt(self, work: Work, now: Circumstances) -> Work:
+        """Return the work that is asked instead."""
+        raise NotImplementedError(f"{type(self).__name__} must define adapt(work, now).")
+
+
+class AdaptiveEpochs(WorkPolicy):
+    """Less local work on a low battery, the full work again once it is charged.
+
+    Below ``threshold`` a device is asked for ``factor`` of its epochs (or steps), rounded down, at least one.
+
+    Args:
+        threshold: battery level in [0, 1].
+        factor: part of the work that is left, in (0, 1].
+
+    Raises:
+        MisconfigurationException: for numbers outside of these ranges.
+
+    Example:
+        >>> low = Circumstances("a", 0.4, False, num_steps=50, step_seconds=1, travel_seconds=0, seconds_left=9)
+        >>> AdaptiveEpochs().adapt(Work(epochs=5), low).epochs, AdaptiveEpochs().adapt(Work(epochs=1), low).epochs
+        (2, 1)
+    """
+
+    def __init__(self, threshold: float = 0.5, factor: float = 0.5) -> None:
+        if not 0 <= threshold <= 1 or not 0 < factor <= 1:
+            raise MisconfigurationException(
+                f"AdaptiveEpochs expected threshold in [0, 1] and factor in (0, 1], got threshold={threshold!r} and "
+                f"factor={factor!r}."
+            )
+        self.threshold, self.factor = threshold, factor
+
+    def adapt(self, work: Work, now: Circumstances) -> Work:
+        if now.battery >= self.threshold:
+            return work
+        if work.steps is not None:
+            return replace(work, steps=max(1, int(work.steps * self.factor)))
+        return replace(work, epochs=max(1, int((work.epochs or 1) * self.factor)))
+
+
+class DeadlineSteps(WorkPolicy):
+    """As many steps as fit before the round's deadline, on this device and with this network; never more than asked.
+
+    A device that cannot finish one step gets its work as it is, and will miss the deadline.
+
+    Args:
+        margin: part of the time that is left free for what the estimate does not know, in [0, 1).
+
+    Raises:
+        MisconfigurationException: for a margin outside of [0, 1).
+
+    Example:
+        >>> now = Circumstances("a", 1.0, False, num_steps=50, step_seconds=0.5, travel_seconds=2, seconds_left=12)
+        >>> work = DeadlineSteps(margin=0).adapt(Work(epochs=5), now)
+        >>> work.steps, work.partial
+        (20, True)
+    """
+
+    def __init__(self, margin: float = 0.1) -> None:
+        if not 0 <= margin < 1:
+            raise MisconfigurationException(f"DeadlineSteps expected margin in [0, 1), got {margin!r}.")
+        self.margin = margin
+
+    def adapt(self, work: Work, now: Circumstances) -> Work:
+        if math.isinf(now.seconds_left):
+            return work
+        left = now.seconds_left * (1 - self.margin) - now.travel_seconds
+        # the smallest of fractions forgives a quotient that misses its integer by rounding
+        steps = now.num_steps if now.step_seconds <= 0 else int(left / now.step_seconds + 1e-9)
+        if steps >= now.num_steps or steps < 1:
+            return work
+        return replace(work, epochs=None, steps=steps, partial=True)
+
+
+def adapted(
+    work: Work, now: Circumstances, policies: Sequence[WorkPolicy], num_steps: Callable[[Work], int]
+) -> tuple[Work, int]:
+    """Return the work after several policies, each of which sees what the one before it left, and its steps."""
+    for policy in policies:
+        changed = policy.adapt(work, now)
+        if changed != work:
+            work, now = changed, replace(now, num_steps=num_steps(changed))
+    return work, now.num_steps

@@ -1,0 +1,394 @@
+"""Rounds of devices, planned by hand: who is asked, who is lost and why, and what the clock shows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fl_lightning.devices import (
+    AdaptiveEpochs,
+    DeadlineSteps,
+    DeviceFleet,
+    DeviceRounds,
+    Eligibility,
+    FairSampler,
+    OortSampler,
+)
+from fl_lightning.devices.rounds import ABANDONED
+from fl_lightning.errors import NotEnoughClientsError
+from fl_lightning.schedules import Dispatch, FixedSampler, Occasion, Plan, Sampler, UniformSampler
+from fl_lightning.schedules.reasons import round_summary, summary
+from fl_lightning.seeding import seed_for
+from fl_lightning.types import RoundReport, Work
+
+
+class Clients:
+    def __init__(self, ids: Sequence[Any]) -> None:
+        self.ids = ids
+
+    def client_ids(self) -> Sequence[Any]:
+        return self.ids
+
+    def client_dataloader(self, client_id: Any) -> list[Any]:
+        raise AssertionError("a schedule opens no data")
+
+
+def occasion(
+    fleet: Any, ids: Sequence[Any], size: int, round: int = 0, clock: float = 0.0, steps: int = 10,
+    sampler: Sampler | None = None, work: Work | None = None, num_bytes: int = 0,
+) -> Occasion:  # fmt: skip
+    population, source = Clients(ids), sampler or UniformSampler()
+
+    def draw(size: int, wave: int) -> list[Any]:
+        return source.cohort(population, size, seed_for(9, round, None, f"wave {wave}") if wave else 9, round)
+
+    def num_steps(client_id: Any, work: Work) -> int:
+        return work.steps if work.steps is not None else steps * (work.epochs or 1)
+
+    return Occasion(
+        round, clock, 9, population, size, 100 * round, num_bytes, num_bytes, None, lambda size: draw(size, 0),
+        lambda client_id: work or Work(), num_steps, fleet, draw,
+    )  # fmt: skip
+
+
+def named(speed: dict[str, float], **more: Any) -> DeviceFleet:
+    return DeviceFleet(speed=lambda client_id: speed[client_id], **more)
+
+
+SPEEDS = {"a": 10.0, "b": 5.0, "c": 2.0, "d": 1.0}  # ten steps take 1, 2, 5 and 10 seconds
+
+
+def test_a_round_ends_with_its_slowest_device() -> None:
+    plan = DeviceRounds().plan(occasion(named(SPEEDS), list("dcba"), 4, clock=100.0))
+    assert [(d.client_id, d.dispatch_id, d.sent_at, d.done_at) for d in plan.dispatches] == [
+        ("a", 0, 100.0, 101.0), ("b", 1, 100.0, 102.0), ("c", 2, 100.0, 105.0), ("d", 3, 100.0, 110.0),
+    ]  # fmt: skip
+    assert plan.finished_at == plan.metrics["simulated_seconds"] == 110.0
+    assert not plan.dropped
+
+
+def test_of_too_many_devices_the_first_reports_are_taken() -> None:
+    schedule = DeviceRounds(over_selection=2.0)
+    plan = schedule.plan(occasion(named(SPEEDS), list("abcd"), 2))
+    assert [d.client_id for d in plan.dispatches] == ["a", "b"]
+    assert plan.finished_at == 2.0
+    assert plan.dropped == {"c": "not needed", "d": "not needed"}
+    assert plan.downloads == ("a", "b", "c", "d")
+    assert schedule.participants.counts() == {"a": 1, "b": 1, "c": 0, "d": 0}
+
+
+def test_a_deadline_drops_who_is_late() -> None:
+    plan = DeviceRounds(deadline=5.0).plan(occasion(named(SPEEDS), list("abcd"), 4, clock=50.0))
+    assert [d.client_id for d in plan.dispatches] == ["a", "b", "c"], "to the second is in time"
+    assert plan.dropped == {"d": "missed the deadline"}
+    assert plan.finished_at == 55.0
+    assert {d.work.deadline for d in plan.dispatches} == {5.0}
+
+
+def test_partial_work_is_the_steps_that_fit() -> None:
+    fleet = named(SPEEDS, latency_seconds=0.25)
+    plan = DeviceRounds(deadline=4.0, stragglers="partial").plan(occasion(fleet, list("abcd"), 4))
+    work = {d.client_id: (d.work.epochs, d.work.steps, d.work.partial, d.done_at) for d in plan.dispatches}
+    assert work == {
+        "a": (1, None, False, 1.5), "b": (1, None, False, 2.5), "c": (None, 7, True, 4.0), "d": (None, 3, True, 3.5),
+    }  # fmt: skip
+    assert plan.metrics["devices/partial"] == 2
+    slow = DeviceRounds(deadline=4.0, stragglers="partial").plan(occasion(named({"a": 1, "z": 0.2}), ["a", "z"], 2))
+    assert slow.dropped == {"z": "missed the deadline"}, "not one step fits"
+    margin = DeviceRounds(deadline=4.0, policies=[DeadlineSteps(margin=0.5)]).plan(occasion(fleet, ["d"], 1))
+    assert margin.dispatches[0].work.steps == 1  # 2 seconds, half a second of them under way
+
+
+def test_low_batteries_get_less_work_and_full_ones_all_of_it_again() -> None:
+    fleet = DeviceFleet(
+        battery_wh=10.0,
+        battery_level=lambda c: {"a": 0.9, "b": 0.4, "c": 0.4}[c],
+        charge_from_hour=1.0,
+        charge_hours=2.0,
+    )
+    schedule = DeviceRounds(policies=[AdaptiveEpochs()])
+    work = Work(epochs=5)
+    first = schedule.plan(occasion(fleet, list("abc"), 3, work=work))
+    assert [d.work.epochs for d in first.dispatches] == [5, 2, 2]
+    assert not any(d.work.partial for d in first.dispatches), "it is all that was asked"
+    later = schedule.plan(occasion(fleet, list("abc"), 3, round=1, clock=4 * 3600.0, work=work))
+    assert [d.work.epochs for d in later.dispatches] == [5, 5, 5]
+    few = schedule.plan(occasion(fleet, ["b"], 1, work=Work(epochs=1), clock=0.0))
+    assert few.dispatches[0].work.epochs == 1
+    steps = DeviceRounds(policies=[AdaptiveEpochs()]).plan(occasion(fleet, ["b"], 1, work=Work(None, 7)))
+    assert steps.dispatches[0].work.steps == 3
+
+
+def test_the_reasons_of_the_issue_in_one_line() -> None:
+    """3 low battery, 2 offline, 1 missed the deadline."""
+    fleet = DeviceFleet(
+        speed=lambda c: 0.1 if c == 9 else 10.0, battery_level=lambda c: 0.1 if c in (0, 1, 2) else 1.0,
+        online_hours=lambda c: 0.0 if c in (3, 4) else 24.0,
+    )  # fmt: skip
+    plan = DeviceRounds(deadline=20.0).plan(occasion(fleet, range(10), 10))
+    assert [d.client_id for d in plan.dispatches] == [5, 6, 7, 8]
+    assert plan.dropped == {
+        0: "low battery", 1: "low battery", 2: "low battery", 3: "offline", 4: "offline", 9: "missed the deadline",
+    }  # fmt: skip
+    report = RoundReport(0, [5, 6, 7, 8], metrics=dict(plan.metrics), dropped=dict(plan.dropped))
+    assert round_summary(report) == summary(plan.dropped) == "3 low battery, 2 offline, 1 missed the deadline"
+    assert round_summary(RoundReport(0, [])) == ""
+
+
+def test_devices_are_lost_in_mid_training() -> None:
+    fleet = DeviceFleet(
+        battery_wh=1.0, battery_level=lambda c: 0.25 if c == "flat" else 1.0, train_watts=3600.0, charge_hours=0.0,
+        speed=lambda c: 10.0 if c == "quick" else 1.0, online_hours=lambda c: 1 / 3600 if c == "away" else 24.0,
+        dropout=lambda c: 1.0 if c == "bored" else 0.0,
+    )  # fmt: skip
+    # a Wh lasts a second of training, so "slow" with its ten seconds is lost after one
+    plan = DeviceRounds().plan(occasion(fleet, ["quick", "slow", "flat", "away", "bored"], 5))
+    assert [d.client_id for d in plan.dispatches] == ["quick"]
+    assert plan.dropped["slow"] == plan.dropped["flat"] == "battery ran empty"
+    assert plan.dropped["away"] in ("went offline", "battery ran empty")
+    assert plan.dropped["bored"] in ("gave up", "battery ran empty")
+    assert plan.finished_at == 1.0
+    mains = DeviceFleet(
+        online_hours=lambda c: 1 / 3600 if c == "away" else 24.0, dropout=lambda c: 1.0 if c == "bored" else 0.0
+    )
+    plan = DeviceRounds().plan(occasion(mains, ["fine", "away", "bored"], 3))
+    assert plan.dropped == {"away": "went offline", "bored": "gave up"}
+
+
+def test_drop_outs_are_as_frequent_as_the_fleet_says() -> None:
+    fleet = DeviceFleet(dropout=0.08)
+    schedule = DeviceRounds()
+    lost = [len(schedule.plan(occasion(fleet, range(2000), 2000, round=r)).dropped) for r in range(5)]
+    # a binomial of 10,000 has a standard deviation of 27
+    assert sum(lost) == pytest.approx(800, abs=110)
+    assert len(set(lost)) > 1
+
+
+def test_a_round_with_too_few_reports_is_abandoned_and_tried_again() -> None:
+    fleet = DeviceFleet(dropout=0.5)
+    plans = [
+        DeviceRounds(min_reports=4, retries=30).plan(occasion(fleet, range(100), 5, round=round)) for round in range(30)
+    ]
+    assert all(len(plan.dispatches) >= 4 for plan in plans)
+    tried_again = [plan for plan in plans if ABANDONED in plan.dropped.values() or plan.metrics["devices/sent"] > 5]
+    assert 15 < len(tried_again) < 30
+    assert all(not set(plan.dropped) & {d.client_id for d in plan.dispatches} for plan in plans)
+    assert max(plan.finished_at for plan in plans) > 40.0, "every attempt took its time"
+    with pytest.raises(
+        NotEnoughClientsError, match=r"needs 5 reports and had \d in the last of 2 attempts: \d+ gave up"
+    ):
+        DeviceRounds(min_reports=1.0, retries=1).plan(occasion(DeviceFleet(dropout=0.9), range(100), 5))
+
+
+def test_the_clock_waits_for_eligible_devices() -> None:
+    fleet = DeviceFleet(online_from_hour=2.0, online_hours=4.0)
+    plan = DeviceRounds(wait_seconds=600.0).plan(occasion(fleet, range(50), 5, clock=60.0))
+    assert plan.dispatches[0].sent_at == 2 * 3600.0 + 60.0
+    assert plan.metrics["devices/wait_seconds"] == 7200.0
+    assert len(plan.dispatches) == 5
+
+
+def test_nobody_eligible_is_an_error_in_the_end() -> None:
+    message = r"needs 1 eligible devices; 0 of 50 that were asked are eligible after 24 hours .* \(50 low battery\)"
+    with pytest.raises(NotEnoughClientsError, match=message):
+        DeviceRounds(max_wait_hours=24.0).plan(occasion(DeviceFleet(battery_level=0.1), range(50), 5))
+
+
+def test_pace_and_rest() -> None:
+    schedule = DeviceRounds(pace_seconds=300.0, rest_seconds=450.0)
+    fleet = DeviceFleet(speed=1.0)
+    cohorts, starts, clock = [], [], 0.0
+    for round in range(3):
+        plan = schedule.plan(occasion(fleet, range(12), 4, round=round, clock=clock))
+        cohorts.append({d.client_id for d in plan.dispatches})
+        starts.append(plan.dispatches[0].sent_at)
+        clock = plan.finished_at
+    assert starts == [0.0, 300.0, 600.0]
+    assert not cohorts[0] & cohorts[1], "they rest for 450 seconds after second 10"
+    assert len(cohorts[0] | cohorts[1] | cohorts[2]) < 12 or cohorts[2] != cohorts[0]
+    everyone = DeviceRounds(rest_seconds=1000.0, wait_seconds=100.0)
+    first = everyone.plan(occasion(fleet, range(4), 4))
+    assert everyone.plan(occasion(fleet, range(4), 4, round=1, clock=first.finished_at)).dispatches[0].sent_at == 1010.0
+
+
+def test_among_few_eligible_devices_chance_decides_and_not_the_population_s_order() -> None:
+    fleet = DeviceFleet(battery_level=lambda c: 1.0 if c % 10 == 0 else 0.1)
+    found: Counter[Any] = Counter()
+    for round in range(400):
+        plan = DeviceRounds().plan(occasion(fleet, range(100), 3, round=round))
+        assert len(plan.dispatches) == 3
+        found.update(d.client_id for d in plan.dispatches)
+    assert set(found) == set(range(0, 100, 10))
+    # 1200 draws over ten devices; the standard deviation of a count is below 9.2 without replacement
+    assert max(abs(count - 120) for count in found.values()) < 40
+
+
+def test_the_work_is_that_of_the_devices_that_are_asked() -> None:
+    class Million(Sequence[int]):
+        reads = 0
+
+        def __len__(self) -> int:
+            return 10**6
+
+        def __getitem__(self, index: Any) -> Any:
+            if isinstance(index, slice):
+                return [self[i] for i in range(*index.indices(len(self)))]
+            Million.reads += 1
+            return index
+
+    plan = DeviceRounds(over_selection=1.3).plan(occasion(DeviceFleet(profile="smartphones"), Million(), 100))
+    assert len(plan.dispatches) == 100
+    assert Million.reads < 2000, "a thousand of them for the thirds by speed"
+
+
+def test_a_report_names_a_bounded_number_and_counts_all() -> None:
+    fleet = DeviceFleet(battery_level=lambda c: 1.0 if c < 50 else 0.1)
+    plan = DeviceRounds().plan(occasion(fleet, range(20_000), 60))
+    assert len(plan.dispatches) == 50
+    assert len(plan.dropped) == 1000
+    assert plan.metrics["devices/dropped/low_battery"] == 19_950
+
+
+def test_energy_is_power_times_time_and_stops_with_the_work() -> None:
+    fleet = named(SPEEDS, train_watts=3.6, radio_watts=1.8, latency_seconds=1.0, battery_wh=10.0, charge_hours=0.0)
+    schedule = DeviceRounds(over_selection=2.0)
+    plan = schedule.plan(occasion(fleet, list("abcd"), 2))
+    # a: 1 s of training and 2 s of radio; b: 2 and 2; c (7 s) and d (12 s) are stopped after 4 s of the same mix
+    whole = {"a": 3.6 + 3.6, "b": 7.2 + 3.6, "c": (18 + 3.6) * 4 / 7, "d": (36 + 3.6) * 4 / 12}
+    assert plan.metrics["devices/energy_wh_estimate"] == pytest.approx(sum(whole.values()) / 3600)
+    expected = sum(whole.values()) / 3600 / 0.85 * 480 / 1000
+    assert plan.metrics["devices/co2_g_estimate"] == pytest.approx(expected)
+    levels, at = schedule.participants.levels(list("abcd"))
+    assert levels == pytest.approx([1 - joule / 3600 / 10 for joule in whole.values()])
+    assert at.tolist() == [3.0, 4.0, 4.0, 4.0]
+
+
+def test_shares_show_the_bias_of_a_deadline() -> None:
+    fleet = DeviceFleet(speed="lognormal(1, 0.7)")
+    biased, fair = DeviceRounds(deadline=8.0), DeviceRounds(deadline=8.0, stragglers="partial")
+    for schedule in (biased, fair):
+        plan = schedule.plan(occasion(fleet, range(3000), 3000))
+    shares = [plan.metrics[f"devices/share/{name}"] for name in ("slow", "medium", "fast")]
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.06)  # the thirds are estimated from a thousand devices
+    plan = biased.plan(occasion(fleet, range(3000), 3000, round=1))
+    shares = [plan.metrics[f"devices/share/{name}"] for name in ("slow", "medium", "fast")]
+    assert shares[0] == 0.0
+    assert shares[2] > 0.7
+
+
+def test_the_state_goes_on_where_it_was() -> None:
+    fleet = DeviceFleet(profile="smartphones", online_probability=1.0)
+
+    def make() -> DeviceRounds:
+        return DeviceRounds(over_selection=1.3, deadline=60.0, rest_seconds=600.0, pace_seconds=60.0)
+
+    whole, clock, plans = make(), 0.0, []
+    saved: dict[str, Any] = {}
+    for round in range(6):
+        if round == 3:
+            saved = {"state": whole.state_dict(), "clock": clock}
+        plans.append(whole.plan(occasion(fleet, range(300), 40, round=round, clock=clock)))
+        clock = plans[-1].finished_at
+    resumed, clock = make(), saved["clock"]
+    resumed.load_state_dict(saved["state"])
+    for round in range(3, 6):
+        plan = resumed.plan(occasion(fleet, range(300), 40, round=round, clock=clock))
+        assert plan == plans[round]
+        clock = plan.finished_at
+    fresh = make().plan(occasion(fleet, range(300), 40, round=3, clock=saved["clock"]))
+    assert fresh != plans[3], "the state matters"
+
+
+def test_only_a_fleet_has_conditions() -> None:
+    with pytest.raises(MisconfigurationException, match="DeviceRounds needs devices, got fleet=None"):
+        DeviceRounds().plan(occasion(None, "ab", 2))
+
+
+def test_a_fixed_cohort_has_nobody_else_to_ask() -> None:
+    fleet = DeviceFleet(battery_level=lambda c: 0.1 if c == "b" else 1.0)
+    plan = DeviceRounds().plan(occasion(fleet, list("abcdef"), 3, sampler=FixedSampler([["a", "b", "c"]])))
+    assert [d.client_id for d in plan.dispatches] == ["a", "c"]
+    assert plan.dropped == {"b": "low battery"}
+
+
+# ---- samplers that learn ---------------------------------------------------------------------------------------------
+
+
+class Delivered:
+    def __init__(self, client_id: Any, dispatch_id: int, norm: float = 1.0, failure: Any = None) -> None:
+        self.client_id, self.dispatch_id, self.update_norm, self.failure = client_id, dispatch_id, norm, failure
+        self.num_examples, self.num_steps, self.num_bytes_up = 10, 5, 0
+
+
+def taught(sampler: Sampler, norms: dict[Any, float], seconds: Callable[[Any], float], round: int = 0) -> None:
+    plan = Plan(tuple(Dispatch(c, i, round, Work(), 0.0, seconds(c)) for i, c in enumerate(norms)))
+    sampler.learn(plan, [Delivered(c, i, norm) for i, (c, norm) in enumerate(norms.items())])
+
+
+def test_oort_prefers_large_updates_and_fast_devices() -> None:
+    clients = Clients(range(100))
+    sampler = OortSampler(exploration=0.0, least_exploration=0.0, cutoff=1.0, preferred_seconds=10.0)
+    taught(sampler, {k: float(k) for k in range(20)}, lambda c: 10.0)
+    assert sorted(sampler.cohort(clients, 5, seed=0, round=1)) == [15, 16, 17, 18, 19]
+    taught(sampler, {19: 19.0, 18: 18.0}, lambda c: 40.0)  # (10 / 40) ** 2 of their utility
+    assert sorted(sampler.cohort(clients, 5, seed=0, round=1)) == [13, 14, 15, 16, 17]
+    assert len(sampler.cohort(clients, 30, seed=0, round=1)) == 30, "the others are explored"
+
+
+def test_oort_explores_less_and_less() -> None:
+    clients = Clients(range(10_000))
+    sampler = OortSampler(exploration=0.9, decay=0.9, least_exploration=0.2)
+    taught(sampler, dict.fromkeys(range(200), 1.0), lambda c: 10.0)
+    for round in (0, 5, 50):
+        share = max(0.2, 0.9 * 0.9**round)
+        new = [sum(c >= 200 for c in sampler.cohort(clients, 100, seed=s, round=round)) for s in range(10)]
+        assert sum(new) / 1000 == pytest.approx(share, abs=0.02)
+
+
+def test_oort_comes_back_to_clients_that_were_not_seen_for_long() -> None:
+    clients = Clients(range(4))
+    sampler = OortSampler(exploration=0.0, least_exploration=0.0, cutoff=1.0)
+    taught(sampler, {0: 1.0, 1: 1.0}, lambda c: 1.0, round=0)
+    taught(sampler, {2: 1.0, 3: 1.0}, lambda c: 1.0, round=90)
+    assert sorted(sampler.cohort(clients, 2, seed=0, round=100)) == [0, 1]
+
+
+def test_fair_sampling_evens_out_what_uniform_sampling_does_not() -> None:
+    clients = Clients(range(200))
+    counts = {}
+    for name, sampler in (("fair", FairSampler(4.0)), ("uniform", UniformSampler())):
+        seen: Counter[Any] = Counter()
+        for round in range(100):
+            cohort = sampler.cohort(clients, 10, seed=1, round=round)
+            assert len(set(cohort)) == 10
+            taught(sampler, dict.fromkeys(cohort, 1.0), lambda c: 1.0, round)
+            seen.update(cohort)
+        counts[name] = np.var([seen[client_id] for client_id in range(200)])
+    # uniform counts are binomial with variance 100 * 0.05 * 0.95
+    assert counts["uniform"] == pytest.approx(4.75, rel=0.3)
+    assert counts["fair"] < 0.5
+
+
+@pytest.mark.parametrize("make", [OortSampler, FairSampler])
+def test_what_a_sampler_learned_is_its_state(make: Callable[[], Sampler]) -> None:
+    clients, sampler, other = Clients(range(100)), make(), make()
+    cohort = sampler.cohort(clients, 20, seed=3, round=0)
+    taught(sampler, {c: 1.0 + c for c in cohort}, lambda c: 1.0 + c)
+    other.load_state_dict(sampler.state_dict())
+    assert other.cohort(clients, 20, 3, 7) == sampler.cohort(clients, 20, 3, 7) != make().cohort(clients, 20, 3, 7)
+
+
+def test_eligibility_holds_whoever_draws() -> None:
+    fleet = DeviceFleet(battery_level=lambda c: 1.0 if c % 2 else 0.1)
+    for sampler in (OortSampler(), FairSampler(), UniformSampler()):
+        for round in range(5):
+            moment = replace(occasion(fleet, range(60), 25, round=round, sampler=sampler))
+            plan = DeviceRounds(eligibility=Eligibility(battery=0.5)).plan(moment)
+            assert len(plan.dispatches) == 25
+            assert all(d.client_id % 2 for d in plan.dispatches)
