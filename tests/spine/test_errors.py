@@ -350,12 +350,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
         real(file, data[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(LocalFileOpener, "write", full)
     module = Classifier()
     keep = ModelCheckpoint(tmp_path / "kept", filename="last", save_top_k=1, enable_version_counter=False)
-    with pytest.raises(OSError, match="No space left on device"):
-        fit_federated(module, ServedSites(sites(3)), max_rounds=5, enable_checkpointing=True, callbacks=[keep])
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileOpener, "write", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            fit_federated(module, ServedSites(sites(3)), max_rounds=5, enable_checkpointing=True, callbacks=[keep])
     assert [Path(path).name for path in writes] == ["last.ckpt"] * 3
     assert type(module) is Classifier
     (survivor,) = (tmp_path / "kept").glob("*.ckpt")
