@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import lightning.pytorch as pl
+import yaml
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -71,10 +73,27 @@ def _print_summary(trainer: FederatedTrainer, folder: str | None) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
+def _require_yaml(args: Sequence[str]) -> None:
+    """Raise for a configuration file that is no YAML; the parser would say where, but not in which file."""
+    for position, argument in enumerate(args):
+        name, _, value = argument.partition("=")
+        path = Path(value or next(iter(args[position + 1 :]), ""))
+        if name not in ("--config", "-c") or not path.is_file():
+            continue
+        try:
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            where = str(error).replace("<unicode string>", str(path))
+            raise MisconfigurationException(
+                f"{path} is no YAML: {where}. Mend it, or start from the output of `fl-lightning fit --print_config`."
+            ) from error
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``fl-lightning``; a wrong configuration ends it with one message and exit code 2."""
     sys.path.insert(0, "")  # a module in the current folder is found by its name
     try:
+        _require_yaml(sys.argv[1:] if args is None else args)
         FederatedCLI(args=list(args) if args is not None else None)
     except MisconfigurationException as error:
         sys.stderr.write(f"\nfl-lightning: error: {error}\n")

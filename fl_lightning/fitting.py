@@ -64,6 +64,7 @@ class FederatedFit:
         self._restored = goes_on
         self._outcome: RoundOutcome | None = None
         self._open_report: RoundReport | None = None
+        self._cut: tuple[int, dict[ClientId, int]] | None = None
         self._federation: Federation | None = None
         self._given_callbacks = {id(callback) for callback in trainer.callbacks}
 
@@ -156,6 +157,9 @@ class FederatedFit:
 
     def open_round(self) -> None:
         """Start a round: clients may have come or gone."""
+        if self._cut is not None:  # Lightning has logged hyperparameters again, which now stand twice
+            cut_logs(self.trainer.loggers, *self._cut)
+            self._cut = None
         self.curves.update_population(self.population.client_ids())
         self.federation.seed_server(self.trainer.current_epoch)
 
@@ -349,7 +353,7 @@ class FederatedFit:
                 self.rounds.continue_from(source, offset, digest)
                 history = self.rounds.read()
             if old is not None and old.resolve() == folder.resolve():
-                cut_logs(self.trainer.loggers, saved["round"], saved["client_steps"])
+                self._cut = saved["round"], saved["client_steps"]
         self.trainer.round_history[:] = self.trainer.strategy.broadcast(history)
         rank_zero_info(f"Going on with round {saved['round']}.")
 
@@ -359,7 +363,7 @@ def log_values(module: pl.LightningModule, values: dict[str, float]) -> None:
     if module.trainer.barebones:
         return  # it refuses `self.log`; the round's report has the values all the same
     for name, value in values.items():
-        module.log(name, float(value), on_step=True, on_epoch=False, rank_zero_only=False)
+        module.log(name, float(value), on_step=True, on_epoch=False, rank_zero_only=False, add_dataloader_idx=False)
 
 
 def same_start(module: pl.LightningModule) -> None:

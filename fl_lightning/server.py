@@ -201,7 +201,7 @@ def _base_hooks(user_class: type) -> dict[str, Any]:
     for name in dir(user_class):
         provider = next((base for base in user_class.__mro__ if name in base.__dict__), object)
         if (
-            provider.__module__.startswith("pytorch_lightning.")
+            provider.__module__.startswith(("pytorch_lightning.", "lightning_fabric."))
             and not name.startswith("__")
             and hasattr(pl.LightningModule, name)
         ):

@@ -146,19 +146,22 @@ class FederatedDataModule(LightningDataModule):
         held_out = self._client_indices(client_id)[1]
         return self._train.build(held_out, order="evaluation") if len(held_out) else None
 
-    def client_eval_dataloader(self, client_id: ClientId) -> DataLoader[Any] | None:
+    def client_eval_dataloader(self, client_id: ClientId) -> DataLoader[Any] | list[DataLoader[Any]] | None:
         """Return the client's part of the server's validation data in order, or ``None`` when it has none.
 
         The validation data are cut by the same partitioner, so a client sees the label distribution of its training
-        data.
+        data. Of several validation loaders the client gets its part of each, as a list of the same length.
         """
         self.partition.size(client_id)  # raises for an unknown client
-        if self._evaluation is None:
+        nobody = np.empty(0, np.int64)
+        shares = [partition.get(client_id, nobody) for _, partition in self._evaluation]
+        if not any(len(share) for share in shares):
             return None
-        loaders, partition = self._evaluation
-        if client_id not in partition or not partition.size(client_id):
-            return None
-        return loaders.build(partition[client_id], order="evaluation")
+        parts = [
+            loaders.build(share, order="evaluation")
+            for (loaders, _), share in zip(self._evaluation, shares, strict=True)
+        ]
+        return parts if len(parts) > 1 else parts[0]
 
     @property
     def partition(self) -> Partition:
@@ -201,12 +204,11 @@ class FederatedDataModule(LightningDataModule):
 
     _train_cache: ClientLoaders | None
     _partition_cache: Partition | None
-    _evaluation_cache: tuple[ClientLoaders, Partition] | None
+    _evaluation_cache: list[tuple[ClientLoaders, Partition]] | None
     _targets: NDArray[Any] | None
 
     def _forget(self) -> None:
         self._train_cache = self._partition_cache = self._evaluation_cache = self._targets = None
-        self._evaluation_known = False
 
     def _call(self, hook: str, stage: str | None) -> None:
         function: Callable[..., Any] | None = getattr(self.datamodule, hook, None)
@@ -232,13 +234,14 @@ class FederatedDataModule(LightningDataModule):
         return self._train_cache
 
     @property
-    def _evaluation(self) -> tuple[ClientLoaders, Partition] | None:
-        if not self._evaluation_known:
-            loader = self._loader("val_dataloader") if _defines(self.datamodule, "val_dataloader") else None
-            if loader is not None and not (isinstance(loader, list | tuple) and not loader):
-                loaders = ClientLoaders(loader, "val_dataloader()")
-                self._evaluation_cache = loaders, self.partitioner.split(loaders.dataset, allow_empty=True)
-            self._evaluation_known = True
+    def _evaluation(self) -> list[tuple[ClientLoaders, Partition]]:
+        if self._evaluation_cache is None:
+            given = self._loader("val_dataloader") if _defines(self.datamodule, "val_dataloader") else None
+            several = given if isinstance(given, list | tuple) else [given]
+            wrapped = [ClientLoaders(loader, "val_dataloader()") for loader in several if loader is not None]
+            self._evaluation_cache = [
+                (loaders, self.partitioner.split(loaders.dataset, allow_empty=True)) for loaders in wrapped
+            ]
         return self._evaluation_cache
 
     def _partition_targets(self) -> NDArray[Any] | None:

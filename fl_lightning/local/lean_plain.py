@@ -124,6 +124,8 @@ def overrides(part: Any, base: type) -> set[str]:
 
 def lightning_module(module: nn.Module) -> type | None:
     """Return the ``LightningModule`` that a module derives from: ``lightning``'s or ``pytorch_lightning``'s."""
+    if isinstance(module, pl.LightningModule):  # also as the twin of a `pytorch_lightning` module
+        return pl.LightningModule
     for kind in type(module).__mro__:
         if kind.__name__ == "LightningModule" and kind.__module__.startswith(("lightning.", "pytorch_lightning.")):
             return kind

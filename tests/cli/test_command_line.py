@@ -173,7 +173,9 @@ def test_a_broken_yaml_names_its_line(
     with pytest.raises(SystemExit) as exit_:
         command("fit", "--config", "broken.yaml")
     assert exit_.value.code == 2
-    assert "line 2" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "broken.yaml is no YAML" in error
+    assert "line 2" in error
 
 
 def test_version_and_help(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:

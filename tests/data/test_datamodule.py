@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fl_lightning.data import IID, Dirichlet, FederatedDataModule, Natural
 from fl_lightning.errors import MisconfigurationException
@@ -236,6 +236,20 @@ def test_evaluation_clients_share_the_validation_data() -> None:
     assert [] in parts
     for client, part in zip(wrapped.client_ids(), parts, strict=True):
         assert (wrapped.client_eval_dataloader(client) is None) == (not part)
+
+
+def test_evaluation_clients_get_their_part_of_each_of_several_loaders() -> None:
+    class Two(Toy):
+        def val_dataloader(self) -> Any:
+            whole = super().val_dataloader()
+            return [whole, DataLoader(Subset(whole.dataset, range(3)), batch_size=2)]
+
+    wrapped = FederatedDataModule(Two(), IID(4, seed=1))
+    wrapped.setup("fit")
+    first, second = zip(*(wrapped.client_eval_dataloader(client) for client in wrapped.client_ids()), strict=True)
+    assert sorted(row for loader in first for row in rows_of(loader)) == list(range(20))
+    assert sorted(row for loader in second for row in rows_of(loader)) == [0, 1, 2]
+    assert min(len(loader) for loader in second) == 0  # it keeps its place
 
 
 @pytest.mark.parametrize("loaders", [None, []])

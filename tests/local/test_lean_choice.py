@@ -19,6 +19,7 @@ from fl_lightning.local.choice import choose_loop
 from fl_lightning.local.lean_loop import LeanLoop
 from fl_lightning.local.lightning_loop import LightningLoop
 from fl_lightning.local.settings import LocalSettings
+from fl_lightning.trainer import FederatedTrainer
 
 
 class OwnBackward(Plain):
@@ -94,6 +95,41 @@ def test_a_later_takeover_is_said_once(caplog: pytest.LogCaptureFixture) -> None
     (record,) = caplog.records
     says = "LightningLoop takes over the local training from LeanLoop: it uses self.trainer.callback_metrics."
     assert record.message == says
+
+
+def test_a_pytorch_lightning_module_is_plain_in_a_federation(caplog: pytest.LogCaptureFixture) -> None:
+    pytorch_lightning = pytest.importorskip("pytorch_lightning")
+    losses = []
+    for package in (pl, pytorch_lightning):
+
+        class Other(package.LightningModule):  # type: ignore[name-defined, misc]
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = linear()
+
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                loss = torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+                self.log("loss", loss, on_epoch=True)
+                return loss
+
+            def validation_step(self, batch: Any, batch_idx: int) -> None:
+                self.log("val_loss", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        caplog.set_level(logging.INFO)
+        pl.seed_everything(0, verbose=False)
+        module = Other()
+        trainer = FederatedTrainer(
+            max_rounds=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, accelerator="cpu",
+        )  # fmt: skip
+        trainer.fit(module, {"a": loader(), "b": loader()})
+        losses.append(trainer.round_history[0].metrics)
+    said = [record.message for record in caplog.records if record.message.startswith("Clients train")]
+    assert said == ["Clients train in LeanLoop: Other is plain."] * 2
+    assert losses[0] == losses[1]
 
 
 def test_the_clients_of_a_pytorch_lightning_module() -> None:

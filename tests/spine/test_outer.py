@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from spine_zoo import (
@@ -26,6 +27,7 @@ from spine_zoo import (
 )
 
 from fl_lightning.algorithms import FedAvg
+from fl_lightning.data import IID, FederatedDataModule
 from fl_lightning.trainer import FederatedTrainer
 
 SAVING = {"enable_checkpointing": True}
@@ -79,6 +81,28 @@ def test_validation_after_a_mapping_uses_its_loader() -> None:
     module = Classifier()
     trainer = fit_federated(module, sites(3), val_loader())
     assert trainer.validate(module, verbose=False) == pl.Trainer(**QUIET).validate(module, val_loader(), verbose=False)
+
+
+def test_clients_are_evaluated_on_their_part_of_each_of_several_loaders() -> None:
+    """The exact value over all clients is what the server's validation finds on the same loaders."""
+
+    class Data(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return loader(48, batch_size=8)
+
+        def val_dataloader(self) -> Any:
+            return [loader(31, seed=5, batch_size=10, shuffle=False), loader(7, seed=6, batch_size=4, shuffle=False)]
+
+    class Several(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+    data = FederatedDataModule(Data(), IID(num_clients=5, seed=2))
+    metrics = fit_federated(Several(), data, evaluate_clients=True).round_history[-1].metrics
+    for index in (0, 1):
+        for name in ("val_loss", "val_acc"):
+            key = f"{name}/dataloader_idx_{index}"
+            assert metrics[f"clients/{key}"] == pytest.approx(metrics[key], abs=1e-6)
 
 
 def test_evaluation_after_the_fit_leaves_the_history() -> None:

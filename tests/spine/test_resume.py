@@ -22,6 +22,7 @@ from spine_zoo import (
 )
 
 from fl_lightning.algorithms import FedAvg
+from fl_lightning.reporting.event_files import read_events
 from fl_lightning.trainer import FederatedTrainer
 
 
@@ -104,6 +105,25 @@ def test_a_fit_interrupted_in_a_round_resumes_as_if_nothing_had_been(tmp_path: P
     resumed, second = long_run(tmp_path / "parts", 4, ckpt="last")
     assert_same_bits(weights(resumed), weights(whole))
     assert comparable(second) == comparable(uninterrupted)
+
+
+def test_no_point_of_the_server_stands_twice_after_a_resume(tmp_path: Path) -> None:
+    """Lightning logs hyperparameters and ``hp_metric`` again when a fit goes on."""
+
+    def points(folder: Path) -> list[tuple[str, int]]:
+        (run,) = (folder / "run").iterdir()
+        return sorted(
+            (value.tag, event.step)
+            for path in run.glob("*tfevents*")
+            for _, _, event in read_events(path)
+            for value in event.summary.value
+        )
+
+    long_run(tmp_path / "whole", 4)
+    long_run(tmp_path / "parts", 2)
+    long_run(tmp_path / "parts", 4, ckpt="last")
+    assert ("hp_metric", 0) in points(tmp_path / "whole")
+    assert points(tmp_path / "parts") == points(tmp_path / "whole")
 
 
 def test_two_runs_are_the_same_bits(tmp_path: Path) -> None:
