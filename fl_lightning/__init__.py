@@ -2,6 +2,7 @@
 
 from fl_lightning.algorithms import (
     AFL,
+    APFL,
     Ditto,
     FedAdagrad,
     FedAdam,
@@ -11,13 +12,24 @@ from fl_lightning.algorithms import (
     FedNova,
     FedPer,
     FedProx,
+    FedRep,
     FedYogi,
     MimeLite,
     QFedAvg,
     Scaffold,
 )
+from fl_lightning.algorithms.fltrust import FLTrust
+from fl_lightning.algorithms.robust import (
+    CoordinateMedian,
+    GeometricMedian,
+    Krum,
+    MultiKrum,
+    NormClipping,
+    TrimmedMean,
+)
 from fl_lightning.data import IID, Dirichlet, FederatedDataModule, Natural, Quantity, Shards
 from fl_lightning.devices import DeviceFleet
+from fl_lightning.personal_models import load_personal_model
 from fl_lightning.trainer import FederatedTrainer
 from fl_lightning.transforms import ErrorFeedback, Quantize, RandomK, TopK, chain
 from fl_lightning.types import ClientTask, ClientUpdate, RoundReport
@@ -26,13 +38,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AFL",
+    "APFL",
     "IID",
     "ClientTask",
     "ClientUpdate",
+    "CoordinateMedian",
     "DeviceFleet",
     "Dirichlet",
     "Ditto",
     "ErrorFeedback",
+    "FLTrust",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
@@ -41,11 +56,16 @@ __all__ = [
     "FedNova",
     "FedPer",
     "FedProx",
+    "FedRep",
     "FedYogi",
     "FederatedDataModule",
     "FederatedTrainer",
+    "GeometricMedian",
+    "Krum",
     "MimeLite",
+    "MultiKrum",
     "Natural",
+    "NormClipping",
     "QFedAvg",
     "Quantity",
     "Quantize",
@@ -54,5 +74,7 @@ __all__ = [
     "Scaffold",
     "Shards",
     "TopK",
+    "TrimmedMean",
     "chain",
+    "load_personal_model",
 ]

@@ -9,13 +9,14 @@ import torch
 from fl_lightning.aggregation import PartialSum, TreeSum, gather_objects, reduce_over_processes
 from fl_lightning.errors import MisconfigurationException
 from fl_lightning.federation import Federation, portable_failure, raise_failure, scalars
+from fl_lightning.federation_settings import FederationSettings
 from fl_lightning.local.client import Failure
 from fl_lightning.local.recalibration import combined_statistics
 from fl_lightning.schedules import UniformSampler, assign_lanes, cohort_size
 from fl_lightning.schedules.lanes import sort_key
 from fl_lightning.seeding import seed_for
 from fl_lightning.traveling import batch_norm_buffers
-from fl_lightning.types import ClientId, ClientTask, Tree
+from fl_lightning.types import ClientId, ClientTask, Tree, Work
 
 __all__ = ["evaluate", "recalibrate"]
 
@@ -23,7 +24,7 @@ __all__ = ["evaluate", "recalibrate"]
 def evaluate(
     federation: Federation, round: int, at_most: int | None = None
 ) -> tuple[dict[str, float], dict[str, dict[ClientId, float]]]:
-    """Evaluate the global model on clients' own validation data.
+    """Evaluate the global model on clients' own validation data, and beside it their personal models if they have any.
 
     Returns:
         The exact value over all examples of all evaluated clients by metric name, and each client's own value.
@@ -36,8 +37,12 @@ def evaluate(
     cohort = sorted(UniformSampler().cohort(federation.population, size, seed, round), key=sort_key)
     broadcast = {"model": federation.model(), "buffers": federation.buffers()}
     tasks = [
-        ClientTask(c, round, -1, broadcast, seed_for(federation.settings.seed, round, c, "evaluation")) for c in cohort
-    ]
+        ClientTask(
+            c, round, -1, broadcast, seed_for(federation.settings.seed, round, c, "evaluation"),
+            _tuning(federation.settings, c, round),
+        )
+        for c in cohort
+    ]  # fmt: skip
     lanes = assign_lanes(cohort, [1.0] * len(cohort), federation.settings.num_lanes)
     merged = TreeSum()
     own: dict[ClientId, dict[str, float]] = {}
@@ -92,6 +97,14 @@ def recalibrate(federation: Federation, cohort: Sequence[ClientId], round: int) 
     total = reduce_over_processes(merged.total(), federation.device)
     for name, value in combined_statistics(total.as_contribution(), own).items():
         own[name].copy_(value)
+
+
+def _tuning(settings: FederationSettings, client_id: ClientId, round: int) -> Work:
+    """Return the training of a client's personal model before it is evaluated (``personalize_epochs``)."""
+    override, schedule = settings.override_of(client_id), settings.client_lr_schedule
+    factor = 1.0 if schedule is None else float(schedule(round))
+    rate, batch_size = override.get("lr"), override.get("batch_size")
+    return Work(settings.personalize_epochs or 1, None, factor, lr=rate, batch_size=batch_size)
 
 
 def _as_cohort(evaluate_clients: bool | int | float) -> int | float | None:

@@ -111,6 +111,7 @@ class Federation:
         template.device = self.device
         template.codec = self.wire.codec
         self.dispatcher.limits = template.trainer_arguments
+        template.personalize_epochs = self.settings.personalize_epochs
         return template
 
     # ---- a round -----------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ class FederationSettings:
     transforms: Sequence[Transform] = ()
     evaluate_clients: bool | int | float = False
     evaluate_every_n_rounds: int = 1
+    personalize_epochs: int = 0
     num_lanes: int = 8
     seed: int = 0
 

@@ -126,6 +126,7 @@ class FederatedFit:
         """Release files and processes."""
         self.trainer.engine.close()
         if self._federation is not None:
+            self.trainer.client_memory = self._federation.store
             self.curves.close()
             self._federation = None
 

@@ -7,11 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fl_lightning.algorithms import Algorithm
 
-__all__ = ["default_logger", "is_datamodule", "plain_module", "prepare_server_arguments", "sort_data"]
+__all__ = [
+    "check_strategy",
+    "default_logger",
+    "is_datamodule",
+    "plain_module",
+    "prepare_server_arguments",
+    "sort_data",
+]
 
 
 def prepare_server_arguments(kwargs: dict[str, Any], max_rounds: int | None, algorithm: Algorithm) -> None:
@@ -66,3 +74,24 @@ def is_datamodule(data: Any) -> bool:
 def plain_module(model: Any) -> Any:
     """Return the module that ``torch.compile`` wrapped."""
     return getattr(model, "_orig_mod", model)
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse strategies that shard the model or end with their processes, and let DDP wrap nothing.
+
+    Raises:
+        MisconfigurationException: names the strategy to use.
+    """
+    if isinstance(strategy, DDPStrategy):
+        # the gradient is no result of autograd: a DDP wrapper would wait for hooks that never run
+        strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
+        if strategy._start_method != "popen":
+            raise MisconfigurationException(
+                f"strategy='ddp_{strategy._start_method}' would leave round_history and the weights in processes "
+                "that end. Use strategy='ddp', which starts the script again for each device."
+            )
+    elif not isinstance(strategy, SingleDeviceStrategy):
+        raise MisconfigurationException(
+            f"{type(strategy).__name__} shards the model, and a federation's server needs it whole. Use "
+            "strategy='auto' or strategy='ddp' with devices=1, 2, 4 or 8: the cohort is split over the processes."
+        )

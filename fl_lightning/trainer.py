@@ -12,9 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from fl_lightning.algorithms import Algorithm, FedAvg
@@ -26,9 +24,10 @@ from fl_lightning.engines import Engine, InProcessEngine
 from fl_lightning.evaluating import EvaluatingTrainer
 from fl_lightning.federation_settings import FederationSettings
 from fl_lightning.fitting import FederatedFit
-from fl_lightning.inputs import plain_module, prepare_server_arguments, sort_data
+from fl_lightning.inputs import check_strategy, plain_module, prepare_server_arguments, sort_data
 from fl_lightning.local.quiet import without_hints
 from fl_lightning.local.settings import LocalSettings
+from fl_lightning.personal_models import SavesPersonalModels
 from fl_lightning.precision import ServerPrecision
 from fl_lightning.reporting import federated_progress_bar
 from fl_lightning.reporting.client_curves import is_logger
@@ -43,7 +42,7 @@ from fl_lightning.validation import check_arguments, check_parts
 __all__ = ["FederatedTrainer"]
 
 
-class FederatedTrainer(EvaluatingTrainer):
+class FederatedTrainer(SavesPersonalModels, EvaluatingTrainer):
     """Trains a ``LightningModule`` on clients that keep their data.
 
     One epoch of this Trainer is one federated round: the global model goes to a cohort, every client trains it, and
@@ -70,6 +69,8 @@ class FederatedTrainer(EvaluatingTrainer):
         client_overrides: by client id, or a function of it, any of ``epochs``, ``steps``, ``lr`` and ``batch_size``.
         evaluate_clients: evaluate the global model on clients' own data: everyone, a count, or a fraction.
         evaluate_every_n_rounds: how often, among the rounds that validate.
+        personalize_epochs: with ``evaluate_clients``, also evaluate what the model becomes after so many epochs on the
+            client's own training data; the values stand beside the global model's as ``clients/personal/<name>``.
         log_clients: whose curves are kept: ``"auto"`` (at most 100), a count, ids, a pattern, ``True`` or ``False``.
         fleet: devices of the clients: how long each one takes, on a virtual clock.
         sampler: who takes part; ``None`` draws uniformly without replacement.
@@ -119,6 +120,7 @@ class FederatedTrainer(EvaluatingTrainer):
         client_overrides: dict[Any, dict[str, Any]] | Callable[[Any], dict[str, Any] | None] | None = None,
         evaluate_clients: bool | int | float = False,
         evaluate_every_n_rounds: int = 1,
+        personalize_epochs: int = 0,
         log_clients: bool | int | str | list[Any] = "auto",
         fleet: Timing | None = None,
         sampler: Sampler | None = None,
@@ -142,6 +144,7 @@ class FederatedTrainer(EvaluatingTrainer):
             transforms=all_transforms(transforms, client_callbacks),
             evaluate_clients=evaluate_clients,
             evaluate_every_n_rounds=evaluate_every_n_rounds,
+            personalize_epochs=personalize_epochs,
             num_lanes=num_lanes,
         )
         check_arguments(self.settings, max_rounds, kwargs, local_loop, group_size, client_state, local_epochs)
@@ -160,7 +163,7 @@ class FederatedTrainer(EvaluatingTrainer):
         self._fit: FederatedFit | None = None
         prepare_server_arguments(kwargs, max_rounds, self.settings.algorithm)
         super().__init__(**kwargs)
-        self._check_strategy()
+        check_strategy(self.strategy)
         self.strategy.precision_plugin = ServerPrecision(self.strategy.precision_plugin)
         evaluate_whole(self)
         self.callbacks = federated_progress_bar(self.callbacks)
@@ -320,19 +323,3 @@ class FederatedTrainer(EvaluatingTrainer):
             torch.set_num_threads(self.num_threads)
             stack.callback(torch.set_num_threads, before)
         return stack
-
-    def _check_strategy(self) -> None:
-        strategy = self.strategy
-        if isinstance(strategy, DDPStrategy):
-            # the gradient is no result of autograd: a DDP wrapper would wait for hooks that never run
-            strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
-            if strategy._start_method != "popen":
-                raise MisconfigurationException(
-                    f"strategy='ddp_{strategy._start_method}' would leave round_history and the weights in processes "
-                    "that end. Use strategy='ddp', which starts the script again for each device."
-                )
-        elif not isinstance(strategy, SingleDeviceStrategy):
-            raise MisconfigurationException(
-                f"{type(strategy).__name__} shards the model, and a federation's server needs it whole. Use "
-                "strategy='auto' or strategy='ddp' with devices=1, 2, 4 or 8: the cohort is split over the processes."
-            )

@@ -64,16 +64,19 @@ class Phase:
     Args:
         name: shown in errors and used in seeds.
         trainable: name patterns (``fnmatch``) of the parameters that this phase trains; ``None`` trains all.
+        frozen: name patterns of the parameters that this phase leaves as they are, among those of ``trainable``.
         epochs: overrides the task's epochs in this phase.
         callbacks: "algorithm" runs the algorithm's client callbacks, "none" runs plain local training.
         start: "broadcast" starts from what the server sent, "personal" from the client's own model in its memory,
             "previous" from where the phase before ended.
         report: whether this phase's update, steps and metrics are the ones that are reported.
-        keep: name under which the parameters after this phase go to ``update.extra``; ``None`` keeps nothing.
+        keep: name under which the model after this phase (parameters, running statistics, and what stays with the
+            client) goes to ``update.extra``; ``None`` keeps nothing.
     """
 
     name: str = "train"
     trainable: tuple[str, ...] | None = None
+    frozen: tuple[str, ...] = ()
     epochs: int | None = None
     callbacks: Literal["algorithm", "none"] = "algorithm"
     start: Literal["broadcast", "personal", "previous"] = "broadcast"

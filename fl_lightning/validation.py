@@ -54,6 +54,7 @@ def check_arguments(
                 "ends. Give one of them; the other is None (null on the command line)."
             )
     _at_least_one("evaluate_every_n_rounds", settings.evaluate_every_n_rounds)
+    _check_personalize(settings)
     _count_or_fraction("clients_per_round", settings.clients_per_round)
     if settings.evaluate_clients is not True and settings.evaluate_clients is not False:
         _count_or_fraction("evaluate_clients", settings.evaluate_clients)
@@ -119,6 +120,19 @@ def check_overrides(overrides: Overrides, client_ids: Sequence[ClientId]) -> Non
                 "the ids as client_ids() gives them: 1 and '1' are different clients. For clients that join later, "
                 "give a function: client_overrides=lambda client_id: {'epochs': 2} if client_id == ... else None."
             )
+
+
+def _check_personalize(settings: FederationSettings) -> None:
+    epochs = settings.personalize_epochs
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+        raise MisconfigurationException(
+            f"Expected personalize_epochs to be an integer >= 0 (0 evaluates models as they are), got {epochs!r}."
+        )
+    if epochs and settings.evaluate_clients is False:
+        raise MisconfigurationException(
+            f"personalize_epochs={epochs} trains models that only the evaluation on clients shows. Set "
+            "evaluate_clients=True, a count or a fraction, or leave it out."
+        )
 
 
 def _check_strategy(strategy: Any) -> None:

@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stragglers", nargs="+", type=float, default=[0.0, 0.5, 0.9], help="slow part of a cohort")
     parser.add_argument("--mu", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=2, help="seeds 0, 1, ... of data, cohorts and weights")
+    parser.add_argument("--seeds", type=int, default=2, help="runs, each with a seed of data, cohorts and weights")
+    parser.add_argument("--first_seed", type=int, default=0, help="the seeds count from here")
 
 
 def run(options: argparse.Namespace) -> list[Row]:
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> list[Row]:
 def _setting(options: argparse.Namespace, name: str, slow: float) -> list[Row]:
     ends: dict[str, list[tuple[float, float]]] = {}
     curves: dict[str, list[float]] = {}
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         data = Data(**DATA[name], seed=seed)
         plan = Plan.draw(data.client_ids(), options.rounds, 10, slow, 20, seed)
         for label, algorithm, cohorts in _contenders(options, plan):

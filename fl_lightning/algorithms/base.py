@@ -18,12 +18,16 @@ from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, P
 if TYPE_CHECKING:
     from fl_lightning.algorithms.robust.cohort import Cohort
 
-__all__ = ["Algorithm", "OptimizerCallable", "SchedulerCallable", "State", "Weights", "assignment"]
+__all__ = ["PERSONAL", "Algorithm", "OptimizerCallable", "SchedulerCallable", "State", "Weights", "assignment"]
 
 OptimizerCallable: TypeAlias = Callable[[Iterable[Any]], Optimizer]
 SchedulerCallable: TypeAlias = Callable[[Optimizer], LRScheduler]
 Weights: TypeAlias = Literal["examples", "uniform"] | Callable[[ClientUpdate], float]
 State: TypeAlias = dict[str, Any]
+
+
+PERSONAL = "personal"
+"""Where a client's memory keeps a whole model of its own."""
 
 
 def assignment(params: Iterable[Any]) -> Optimizer:

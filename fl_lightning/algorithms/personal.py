@@ -9,15 +9,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from fl_lightning.algorithms.base import Algorithm, OptimizerCallable, SchedulerCallable, Weights
+from fl_lightning.algorithms.base import PERSONAL, Algorithm, OptimizerCallable, SchedulerCallable, Weights
 from fl_lightning.callbacks import ProximalTerm
 from fl_lightning.callbacks.checks import non_negative
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, Phase
 
 __all__ = ["Ditto", "FedPer"]
-
-PERSONAL = "personal"
-"""Where a client's memory keeps its own model."""
 
 
 class FedPer(Algorithm):
@@ -58,8 +55,8 @@ class FedPer(Algorithm):
         self.personal = (personal,) if isinstance(personal, str) else tuple(personal)
         if not self.personal:
             raise MisconfigurationException(
-                "FedPer expected patterns of the parameters that stay local, got none. Write FedPer(['head.*']), or "
-                "use FedAvg() to share all of them."
+                f"{type(self).__name__} expected patterns of the parameters that stay local, got none. Write "
+                f"{type(self).__name__}(['head.*']), or use FedAvg() to share all of them."
             )
 
     def local_parameters(self, module: nn.Module) -> set[str]:
@@ -69,8 +66,9 @@ class FedPer(Algorithm):
             matching = {name for name in names if fnmatchcase(name, pattern)}
             if not matching:
                 raise MisconfigurationException(
-                    f"FedPer's pattern {pattern!r} matches no parameter of {type(module).__name__}. Its parameters are "
-                    f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}; 'head.*' takes everything below head."
+                    f"{type(self).__name__}'s pattern {pattern!r} matches no parameter of {type(module).__name__}. Its "
+                    f"parameters are {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}; 'head.*' takes "
+                    "everything below head."
                 )
             found |= matching
         return found
@@ -100,8 +98,8 @@ class Ditto(Algorithm):
 
     References:
         Li et al., *Ditto: Fair and Robust Federated Learning Through Personalization*, 2021, algorithm 1. The pull is
-        towards the global model that the round started from, as there. Running statistics of BatchNorm are not part
-        of the personal model.
+        towards the global model that the round started from, as there. Running statistics of BatchNorm
+        belong to the personal model.
     """
 
     def __init__(

@@ -13,9 +13,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from fl_lightning.algorithms.base import Algorithm
+from fl_lightning.algorithms.base import PERSONAL, Algorithm
 from fl_lightning.data import ClientPopulation
-from fl_lightning.errors import BadUpdateError, ClientError, MisconfigurationException
+from fl_lightning.errors import BadUpdateError, ClientError, EmptyClientError, MisconfigurationException
 from fl_lightning.local.choice import choose_loop
 from fl_lightning.local.job import ClientData, Job, Loop, Outcome
 from fl_lightning.local.recalibration import statistics_contribution
@@ -25,7 +25,7 @@ from fl_lightning.metrics import MetricSums
 from fl_lightning.store import ClientStore
 from fl_lightning.transforms import TRANSFORMS
 from fl_lightning.tree import non_finite
-from fl_lightning.types import ClientId, ClientTask, ClientUpdate, Contribution, Memory
+from fl_lightning.types import ClientId, ClientTask, ClientUpdate, Contribution, Memory, Tree
 
 __all__ = ["ClientHalf", "ClientResult", "Failure"]
 
@@ -93,16 +93,39 @@ class ClientHalf:
             yield self._result(outcome)
 
     def evaluate(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientId, MetricSums | Failure | None]]:
-        """Evaluate the broadcast model on the clients' own validation data; ``None`` for a client without any."""
+        """Evaluate the broadcast model on the clients' own validation data; ``None`` for a client without any.
+
+        Values of personal models stand beside them under ``personal/<name>``.
+        """
         for task in tasks:
             try:
-                loader = self.validation_loader(task.client_id)
-                sums = None
-                if loader is not None:
-                    sums = self.lightning_loop.validate(task, loader, self.store.get(task.client_id))
-                yield task.client_id, sums
+                yield task.client_id, self._evaluated(task)
             except Exception as error:
                 yield task.client_id, _failure(error)
+
+    def _evaluated(self, task: ClientTask) -> MetricSums | None:
+        loader = self.validation_loader(task.client_id)
+        if loader is None:
+            return None
+        loop, memory = self.lightning_loop, self.store.get(task.client_id)
+        sums = loop.validate(task, loader, memory)
+        personal = self._personal(task, memory)
+        if personal is None:
+            return sums
+        mine = {**memory, "local": {**memory.get("local", {}), **personal}}
+        own = loop.validate(task, self.validation_loader(task.client_id), mine)
+        return MetricSums({**sums, **{f"{PERSONAL}/{name}": part for name, part in own.items()}})
+
+    def _personal(self, task: ClientTask, memory: Memory) -> Tree | None:
+        """Return the client's personal model; a client that has not taken part yet has the global one."""
+        own: Tree = memory.get(PERSONAL, {})
+        if self.settings.personalize_epochs:
+            try:
+                return self.lightning_loop.personalize(task, self.open_data(task, validates=False), memory)
+            except EmptyClientError:  # it has data to evaluate on, and none to train on
+                return own
+        keeps = any(phase.keep == PERSONAL for phase in self.algorithm.phases(task))
+        return own if keeps else None
 
     def recalibrate(self, tasks: Iterable[ClientTask], names: Sequence[str]) -> Iterator[tuple[ClientId, Contribution]]:
         """Measure running statistics of the broadcast model on the clients' training data."""
@@ -124,8 +147,8 @@ class ClientHalf:
             logged=self.wants_curve(client_id),
         )
 
-    def open_data(self, task: ClientTask) -> ClientData:
-        """Open what a client trains on."""
+    def open_data(self, task: ClientTask, validates: bool = True) -> ClientData:
+        """Open what a client trains on, and what it validates on while it trains."""
         population, client_id = self.population, task.client_id
         datamodule = population.client_datamodule(client_id)
         if datamodule is not None:
@@ -135,7 +158,7 @@ class ClientHalf:
             )
         train = population.client_dataloader(client_id, task.work.batch_size)
         reseed(train, task.seed)
-        val = population.client_val_dataloader(client_id)
+        val = population.client_val_dataloader(client_id) if validates else None
         return ClientData(train, val, num_examples=population.client_size(client_id))
 
     def _result(self, outcome: Outcome) -> ClientResult:

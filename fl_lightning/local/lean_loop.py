@@ -27,7 +27,7 @@ from fl_lightning.local.lightning_loop import LightningLoop, _Run
 from fl_lightning.local.quiet import as_rank_zero
 from fl_lightning.local.recorder import ClientLogger, Record
 from fl_lightning.local.settings import LocalSettings
-from fl_lightning.local.worker import load_tensors, read_tensors
+from fl_lightning.local.worker import load_tensors
 from fl_lightning.metrics import alone
 from fl_lightning.seeding import forked_rng, seed_everywhere
 from fl_lightning.types import ClientTask, ClientUpdate, Memory, Phase, Tree
@@ -201,6 +201,24 @@ class LeanLoop(LightningLoop):
             update = _LeanRun(self, task, data, memory, logger).phases()
         return update, logger.take() if logger is not None else []
 
+    def personalize(self, task: ClientTask, data: ClientData, memory: Memory) -> Tree:
+        if self.reason is None:
+            try:
+                try:
+                    return self._personalize_lean(task, data, memory)
+                except NeedsResults:
+                    self.any_log = True
+                    return self._personalize_lean(task, data, memory)
+            except EmptyClientError:
+                raise
+            except (Exception, NotPlain):
+                pass  # LightningLoop does it, or decides whose fault it is
+        return super().personalize(task, data, memory)
+
+    def _personalize_lean(self, task: ClientTask, data: ClientData, memory: Memory) -> Tree:
+        with _forked(task.seed), as_rank_zero(), alone(), torch.enable_grad():
+            return _LeanRun(self, task, data, memory, None).personal()
+
 
 @contextmanager
 def _forked(seed: int) -> Iterator[None]:
@@ -234,7 +252,7 @@ class _LeanRun(_Run):
     loop: LeanLoop
 
     def _phase(self, phase: Phase, previous: Tree | None) -> tuple[ClientUpdate, Tree]:
-        loop, task, settings = self.loop, self.task, self.loop.settings
+        loop, task = self.loop, self.task
         if self.data.validates:
             raise NotThisClient("it validates")
         start = self._start(phase, previous)
@@ -253,10 +271,7 @@ class _LeanRun(_Run):
         loop.trainer.strategy.optimizers = done.progress.optimizers
         loop.trainer.strategy.lr_scheduler_configs = done.progress.schedulers
         update = self._update(module, observed, done.callbacks, phase)
-        now = read_tensors(module, settings.parameter_names) if (phase.keep or not phase.report) else {}
-        if phase.keep:
-            self.extra[phase.keep] = now
-        return update, now
+        return update, self._now(module, phase)
 
     def _fit(self, phase: Phase) -> Fit:
         loop, work, trainer = self.loop, self.task.work, self.loop.trainer
@@ -268,7 +283,7 @@ class _LeanRun(_Run):
             batches=lambda: batches_of(self.data.train, trainer.limit_train_batches),
             callbacks=self._callbacks(phase),
             progress=Progress(epochs, steps, trainer._accumulate, trainer._log_every),
-            logger=self.logger if phase.report else None,
+            logger=self._logger(phase),
             offset=work.step_offset,
             num_examples=self.data.num_examples,
             any_log=loop.any_log,

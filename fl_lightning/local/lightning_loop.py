@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch.optim import Optimizer
 
-from fl_lightning.algorithms.base import Algorithm
+from fl_lightning.algorithms.base import PERSONAL, Algorithm
 from fl_lightning.callbacks.base import ClientCallback, GradientCorrection
 from fl_lightning.errors import EmptyClientError, MisconfigurationException
 from fl_lightning.local.client_state import load_optimizers, save_optimizers, scale_learning_rates
@@ -159,6 +159,20 @@ class LightningLoop:
             self.trainer.fit_client(self.worker.module, False, train_dataloaders=data.train, datamodule=data.datamodule)
             return read_tensors(self.worker.module, names), observer.num_examples
 
+    def personalize(self, task: ClientTask, data: ClientData, memory: Memory) -> Tree:
+        """Return the client's personal model: its own one, or the broadcast model, after plain local training.
+
+        Args:
+            task: with the broadcast, and how long to train.
+            data: the client's training data.
+            memory: what the client keeps; ``"personal"`` is its own model if the algorithm gives it one.
+
+        Raises:
+            EmptyClientError: when the client's loader gave no batch.
+        """
+        with forked_rng(task.seed), quiet(), as_rank_zero(), alone():
+            return _Run(self, task, data, memory, None).personal()
+
     def validate(self, task: ClientTask, dataloaders: Any, memory: Memory) -> MetricSums:
         """Evaluate the broadcast model on a client's own data and return the mergeable sums."""
         with forked_rng(task.seed), quiet(), as_rank_zero(), alone():
@@ -197,9 +211,11 @@ class _Run:
     memory: Memory
     logger: ClientLogger | None
     extra: dict[str, Any] = field(default_factory=dict)
+    several: bool = False
 
     def phases(self) -> ClientUpdate:
         phases = self.loop.algorithm.phases(self.task)
+        self.several = len(phases) > 1
         if sum(phase.report for phase in phases) != 1:
             raise MisconfigurationException(
                 f"Expected exactly one reporting phase from {type(self.loop.algorithm).__name__}.phases, got "
@@ -217,8 +233,15 @@ class _Run:
         update.extra.update(self.extra)
         return update
 
+    def personal(self) -> Tree:
+        """Train the personal model and return it; nothing else comes of it."""
+        phase = Phase(PERSONAL, callbacks="none", start="personal", report=False, keep=PERSONAL)
+        self._phase(phase, None)
+        personal: Tree = self.extra[PERSONAL]
+        return personal
+
     def _phase(self, phase: Phase, previous: Tree | None) -> tuple[ClientUpdate, Tree]:
-        loop, task, settings = self.loop, self.task, self.loop.settings
+        loop, task = self.loop, self.task
         start = self._start(phase, previous)
         callbacks = self._callbacks(phase)
         observer = _Observer(self.data.num_examples, loop.trainer._log_every)
@@ -227,9 +250,7 @@ class _Run:
         epochs, steps = task.work.epochs, task.work.steps
         if phase.epochs is not None:
             epochs, steps = phase.epochs, None
-        loop.trainer.renew(
-            epochs, steps, [*callbacks, observer], self.logger if phase.report else None, task.work.step_offset
-        )
+        loop.trainer.renew(epochs, steps, [*callbacks, observer], self._logger(phase), task.work.step_offset)
         strategy = loop.trainer.client_strategy
         strategy.before_setup = lambda model: self._load(model, start, phase)
         strategy.after_optimizers = lambda optimizers, configs: self._optimizers(optimizers, configs, phase)
@@ -242,17 +263,30 @@ class _Run:
             )
         self._check_corrections(callbacks, observer)
         update = self._update(module, observer, callbacks, phase)
-        now = read_tensors(module, settings.parameter_names) if (phase.keep or not phase.report) else {}
+        return update, self._now(module, phase)
+
+    def _now(self, module: pl.LightningModule, phase: Phase) -> Tree:
+        """Return the whole model after a phase that another one, or the client's next round, goes on from."""
+        if not self.several and not phase.keep:
+            return {}
+        settings = self.loop.settings
+        now = read_tensors(module, [*settings.parameter_names, *settings.buffer_names, *settings.local_names])
         if phase.keep:
             self.extra[phase.keep] = now
-        return update, now
+        return now
+
+    def _logger(self, phase: Phase) -> ClientLogger | None:
+        """Return what ``self.logger`` is: beside the phase that reports, one that swallows every call."""
+        if phase.report or not self.loop.settings.has_loggers:
+            return self.logger
+        return ClientLogger(False, self.loop.settings.save_dir, step_offset=self.task.work.step_offset)
 
     def _start(self, phase: Phase, previous: Tree | None) -> list[Tree]:
         trees = _starting_trees(self.loop.settings, self.task, self.memory)
         if phase.start == "previous" and previous is not None:
             trees.append(previous)
-        if phase.start == "personal" and "personal" in self.memory:
-            trees.append(self.memory["personal"])
+        if phase.start == PERSONAL and PERSONAL in self.memory:
+            trees.append(self.memory[PERSONAL])
         return trees
 
     def _callbacks(self, phase: Phase) -> list[Callback]:
@@ -267,9 +301,10 @@ class _Run:
 
     def _load(self, module: torch.nn.Module, trees: Sequence[Tree], phase: Phase) -> None:
         load_tensors(module, trees)
-        if phase.trainable is not None:
+        if phase.trainable is not None or phase.frozen:
             for name, parameter in module.named_parameters():
-                if not any(fnmatch(name, pattern) for pattern in phase.trainable):
+                chosen = phase.trainable is None or any(fnmatchcase(name, pattern) for pattern in phase.trainable)
+                if not chosen or any(fnmatchcase(name, pattern) for pattern in phase.frozen):
                     parameter.requires_grad_(False)
 
     def _optimizers(self, optimizers: list[Optimizer], configs: list[Any], phase: Phase) -> None:

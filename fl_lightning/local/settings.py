@@ -23,6 +23,7 @@ class LocalSettings:
         trainer_arguments: Lightning's Trainer arguments that describe local training.
         callbacks: the user's client callbacks; copied per client.
         client_state: "reset" starts optimizers anew each round, "keep" goes on where the client's last round ended.
+        personalize_epochs: epochs of local training before a client's personal model is evaluated; 0 for none.
         local_loop: which loop runs a client.
         group_size: clients trained at once by vmap in the lean loop.
         parameter_names: trainable parameters that travel.
@@ -38,6 +39,7 @@ class LocalSettings:
     trainer_arguments: Mapping[str, Any] = field(default_factory=dict)
     callbacks: Sequence[Callback] = ()
     client_state: Literal["reset", "keep"] = "reset"
+    personalize_epochs: int = 0
     local_loop: Literal["auto", "lightning", "lean"] = "auto"
     group_size: int | Literal["auto"] = "auto"
     parameter_names: Sequence[str] = ()

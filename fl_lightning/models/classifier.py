@@ -78,6 +78,7 @@ class DigitsClassifier(Classifier):
         hidden: units of the hidden layer.
         lr: learning rate of SGD.
         momentum: of SGD.
+        batch_norm: normalise the hidden layer over the batch.
 
     Shape:
         images ``(batch, 1, 8, 8)`` to logits ``(batch, 10)``
@@ -87,8 +88,9 @@ class DigitsClassifier(Classifier):
         torch.Size([2, 10])
     """
 
-    def __init__(self, hidden: int = 64, lr: float = 0.1, momentum: float = 0.0) -> None:
-        net = nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+    def __init__(self, hidden: int = 64, lr: float = 0.1, momentum: float = 0.0, batch_norm: bool = False) -> None:
+        norm = [nn.BatchNorm1d(hidden)] if batch_norm else []
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), *norm, nn.ReLU(), nn.Linear(hidden, 10))
         super().__init__(net, num_classes=10, lr=lr, momentum=momentum)
         self.save_hyperparameters()
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 from fl_lightning.algorithms import (
     AFL,
+    APFL,
     Algorithm,
     Ditto,
     FedAdagrad,
@@ -24,6 +26,7 @@ from fl_lightning.algorithms import (
     FedNova,
     FedPer,
     FedProx,
+    FedRep,
     FedYogi,
     MimeLite,
     QFedAvg,
@@ -32,6 +35,8 @@ from fl_lightning.algorithms import (
 
 ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "AFL": partial(AFL, 0.2),
+    "APFL": partial(APFL, 0.6),
+    "APFL adaptive": partial(APFL, 0.6, True),
     "Ditto": partial(Ditto, 0.3),
     "FedAdagrad": FedAdagrad,
     "FedAdam": FedAdam,
@@ -44,6 +49,7 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "FedPer": partial(FedPer, ["head.*"]),
     "FedProx": partial(FedProx, 0.3),
     "FedProx adaptive": partial(FedProx, 0.3, True),
+    "FedRep": partial(FedRep, ["head.*"], 3),
     "FedYogi": FedYogi,
     "MimeLite": partial(MimeLite, 0.7),
     "QFedAvg": partial(QFedAvg, 1.5),
@@ -116,3 +122,36 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 def identical(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     """Return whether two states agree to the bit."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Judged(Net):
+    """Logs accuracy on clients' validation data."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__(lr)
+        self.val_acc = MulticlassAccuracy(3, average="micro")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        logits = self(batch[0])
+        self.val_acc(logits, batch[1])
+        self.log("val_loss", nn.functional.cross_entropy(logits, batch[1]))
+        self.log("val_acc", self.val_acc)
+
+
+class Sites(pl.LightningDataModule):
+    """Clients that validate on what they train on, so that a test knows what must come out."""
+
+    def __init__(self, shuffle: bool = False) -> None:
+        super().__init__()
+        self.loaders = {
+            name: DataLoader(loader.dataset, batch_size=4, shuffle=shuffle) for name, loader in clients().items()
+        }
+
+    def client_ids(self) -> list[str]:
+        return list(self.loaders)
+
+    def client_dataloader(self, client_id: str) -> Any:
+        return self.loaders[client_id]
+
+    def client_val_dataloader(self, client_id: str) -> Any:
+        return DataLoader(self.loaders[client_id].dataset, batch_size=50)

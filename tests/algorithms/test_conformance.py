@@ -22,6 +22,7 @@ from torch import Tensor
 
 import fl_lightning.algorithms
 from fl_lightning.algorithms import (
+    APFL,
     Algorithm,
     Ditto,
     FedAvg,
@@ -97,15 +98,19 @@ def test_frozen_parameters_and_batch_norm_behave(name: str) -> None:
     before = weights(module)
     train(ALGORITHMS[name](), module)
     after = weights(module)
-    still = {"frozen.weight", "frozen.bias", "scale"} | ({"head.weight", "head.bias"} if name == "FedPer" else set())
+    still = {"frozen.weight", "frozen.bias", "scale"}
+    if name in ("FedPer", "FedRep"):
+        still |= {"head.weight", "head.bias"}
     for key, value in after.items():
         assert torch.isfinite(value).all(), key
         assert torch.equal(value, before[key]) == (key in still), key
-    # two epochs of 3, 5 and 2 batches, averaged by 12, 20 and 7 examples, in each of three rounds
+    # two epochs of 3, 5 and 2 batches (FedRep's head has three before), averaged by 12, 20 and 7 examples, in each of
+    # three rounds
+    epochs = 5 if name == "FedRep" else 2
     assert after["norm.num_batches_tracked"].dtype == torch.int64
     total, tracked = 0, 0
     for _ in range(3):
-        tracked = round((12 * (total + 6) + 20 * (total + 10) + 7 * (total + 4)) / 39)
+        tracked = round((12 * (total + 3 * epochs) + 20 * (total + 5 * epochs) + 7 * (total + 2 * epochs)) / 39)
         total = tracked
     assert int(after["norm.num_batches_tracked"]) == tracked
     assert (after["norm.running_var"] > 0).all()
@@ -185,6 +190,7 @@ def test_an_algorithm_of_another_name_does_not_resume(tmp_path: Path) -> None:
         QFedAvg(q=0.0),
         QFedAvg(q=0.0, weights="uniform"),
         Ditto(lam=0.7),
+        APFL(alpha=0.3),
     ],
     ids=lambda algorithm: type(algorithm).__name__,
 )
@@ -205,8 +211,12 @@ def test_fednova_with_equal_steps_is_fedavg_up_to_rounding() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["FedAvg", "FedNova", "FedNova proximal", "FedProx", "QFedAvg", "Scaffold I", "Scaffold II", "Ditto", "AFL"]
-)
+    "name",
+    [
+        "AFL", "APFL", "Ditto", "FedAvg", "FedNova", "FedNova proximal", "FedProx", "QFedAvg", "Scaffold I",
+        "Scaffold II",
+    ],
+)  # fmt: skip
 def test_one_client_with_one_step_is_centralised_training(name: str) -> None:
     """QFedAvg takes smaller steps as soon as q > 0, so it is asked at q = 0."""
     algorithm = QFedAvg(0.0) if name == "QFedAvg" else ALGORITHMS[name]()

@@ -14,6 +14,7 @@ import yaml
 from algorithm_zoo import Net, clients
 
 import fl_lightning.algorithms
+import fl_lightning.algorithms.robust
 import fl_lightning.callbacks
 import fl_lightning.schedules
 from fl_lightning import FederatedTrainer
@@ -42,3 +43,28 @@ def test_the_code_on_a_page_runs(page: Path) -> None:
 def test_every_algorithm_has_a_recipe(name: str) -> None:
     recipe = yaml.safe_load((ROOT / "configs" / f"{name.lower()}.yaml").read_text())
     assert recipe["trainer"]["algorithm"]["class_path"] == f"fl_lightning.{name}"
+
+
+ROBUST = {
+    "CoordinateMedian": "median",
+    "FLTrust": "fltrust",
+    "GeometricMedian": "rfa",
+    "Krum": "krum",
+    "MultiKrum": "multikrum",
+    "NormClipping": "norm_clipping",
+    "TrimmedMean": "trimmed_mean",
+}
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_every_robust_rule_has_a_recipe_and_a_short_name(name: str) -> None:
+    recipe = yaml.safe_load((ROOT / "configs" / f"{ROBUST[name]}.yaml").read_text())
+    assert recipe["trainer"]["algorithm"]["class_path"] == f"fl_lightning.{name}"
+    assert recipe["trainer"]["client_callbacks"], "the recipe shows what the rule is against"
+
+
+def test_no_robust_rule_is_forgotten() -> None:
+    rules = {name for name in fl_lightning.algorithms.robust.__all__ if hasattr(fl_lightning, name)} | {"FLTrust"}
+    beside = {"ALittleIsEnough", "Cohort", "RobustAlgorithm"}  # the attack, and what rules are made of
+    assert rules == set(ROBUST)
+    assert set(fl_lightning.algorithms.robust.__all__) - rules <= beside

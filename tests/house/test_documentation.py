@@ -13,7 +13,10 @@ import pytest
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # every page with a program that is complete in itself; the tutorial has a test of its own, and docs/resume.md shows
 # single lines only
-PROGRAMS = ("README.md", "docs/index.md", "docs/data.md", "docs/metrics.md", "docs/reproducibility.md")
+PROGRAMS = (
+    "README.md", "docs/index.md", "docs/data.md", "docs/metrics.md", "docs/reproducibility.md",
+    "docs/algorithms/personal.md",
+)  # fmt: skip
 
 
 def _blocks(page: Path, language: str) -> list[str]:
