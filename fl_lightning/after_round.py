@@ -35,14 +35,7 @@ def evaluate(
         size = min(size, at_most)
     seed = seed_for(federation.settings.seed, -1 if size == len(ids) else round, None, "evaluation")
     cohort = sorted(UniformSampler().cohort(federation.population, size, seed, round), key=sort_key)
-    broadcast = {"model": federation.model(), "buffers": federation.buffers()}
-    tasks = [
-        ClientTask(
-            c, round, -1, broadcast, seed_for(federation.settings.seed, round, c, "evaluation"),
-            _tuning(federation.settings, c, round),
-        )
-        for c in cohort
-    ]  # fmt: skip
+    tasks = _evaluation_tasks(federation, cohort, round)
     lanes = assign_lanes(cohort, [1.0] * len(cohort), federation.settings.num_lanes)
     merged = TreeSum()
     own: dict[ClientId, dict[str, float]] = {}
@@ -97,6 +90,17 @@ def recalibrate(federation: Federation, cohort: Sequence[ClientId], round: int) 
     total = reduce_over_processes(merged.total(), federation.device)
     for name, value in combined_statistics(total.as_contribution(), own).items():
         own[name].copy_(value)
+
+
+def _evaluation_tasks(federation: Federation, cohort: Sequence[ClientId], round: int) -> list[ClientTask]:
+    broadcast = {"model": federation.model(), "buffers": federation.buffers()}
+    settings = federation.settings
+    return [
+        ClientTask(
+            c, round, -1, broadcast, seed_for(settings.seed, round, c, "evaluation"), _tuning(settings, c, round)
+        )
+        for c in cohort
+    ]
 
 
 def _tuning(settings: FederationSettings, client_id: ClientId, round: int) -> Work:

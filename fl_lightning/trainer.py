@@ -154,10 +154,9 @@ class FederatedTrainer(SavesPersonalModels, EvaluatingTrainer):
             [client_callbacks] if isinstance(client_callbacks, Callback) else client_callbacks or []
         )
         self._local_loop, self._group_size, self._client_state = local_loop, group_size, client_state
-        self.log_clients, self.fleet, self.schedule = log_clients, fleet, schedule
+        self.log_clients, self.fleet, self.schedule, self.num_threads = log_clients, fleet, schedule, num_threads
         self.sampler = sampler if sampler is not None else UniformSampler()
         self.engine = engine if engine is not None else InProcessEngine()
-        self.num_threads = num_threads
         self.round_history: list[RoundReport] = []
         self._last_state: dict[str, Any] | None = None
         self._fit: FederatedFit | None = None
