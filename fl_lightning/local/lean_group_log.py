@@ -28,6 +28,7 @@ class Tick:
         size: examples in each client's batch.
         values: what was logged, by name, one number for each of the clients.
         last: for each of the clients whether this was the last batch of its epoch.
+        given: by name the ``batch_size`` that it was logged with.
     """
 
     rows: Rows
@@ -35,6 +36,7 @@ class Tick:
     size: int
     values: dict[str, Tensor]
     last: list[bool]
+    given: dict[str, int | None] = field(default_factory=dict)
 
     def position(self, row: int) -> int | None:
         """Return where a client stands among the rows, or ``None`` when it took no part."""
@@ -95,8 +97,8 @@ class GroupLog:
             raise CannotGroup(f"training_step logs {name!r} twice")
         column = self._columns.get(name)
         if column is None:
-            if reduce_fx not in ("mean", torch.mean) or enable_graph or (batch_size is not None and not on_epoch):
-                raise CannotGroup(f"training_step logs {name!r} with reduce_fx, enable_graph or batch_size")
+            if reduce_fx not in ("mean", torch.mean) or enable_graph:
+                raise CannotGroup(f"training_step logs {name!r} with reduce_fx or enable_graph")
             arguments = {"prog_bar": prog_bar, "logger": logger, "on_step": on_step, "on_epoch": on_epoch}
             column = self._new(name, arguments)
         if isinstance(value, Tensor):
@@ -149,6 +151,7 @@ class GroupLog:
             column.total[where] += values.to(column.total.dtype) * size
             column.weight[where] += size
         if self.keep_ticks:
+            tick.given = {name: self._columns[name].size for name in tick.values}
             self.ticks.append(tick)
 
     def sums(self) -> list[MetricSums]:
@@ -180,7 +183,7 @@ class GroupLog:
             point = points.next(tick.last[position], accumulates=False)
             for name, values in tick.values.items():
                 column = self._columns[name]
-                log.log(name, values[position], batch_size=column.size, **column.arguments)
+                log.log(name, values[position], batch_size=tick.given[name], **column.arguments)
             log.observe()
             log.end_batch(point)
             points.stepped += 1

@@ -96,6 +96,23 @@ def undamped(module: nn.Module) -> Any:
     return torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
 
 
+class Sized(Plain):
+    """Names the size of the batch, which many modules do whether Lightning looks at it or not."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss, logits = self.loss(batch)
+        self.log("loss", loss, batch_size=len(batch[1]))
+        self.log("accuracy", (logits.argmax(-1) == batch[1]).float().mean(), on_epoch=True, batch_size=len(batch[1]))
+        return loss
+
+
+class OnlySteps(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss, _ = self.loss(batch)
+        self.log("loss", loss, batch_size=len(batch[1]))
+        return loss
+
+
 GROUPED: dict[str, Callable[[], Any]] = {
     "logistic": lambda: Plain(linear()),
     "sgd": lambda: Plain(mlp()),
@@ -108,6 +125,8 @@ GROUPED: dict[str, Callable[[], Any]] = {
     "by epoch": lambda: Plain(mlp(), by_epoch),
     "quiet": lambda: Quiet(mlp(), adamw),
     "group norm": ZOO["group norm"],
+    "sized": lambda: Sized(mlp()),
+    "sized steps": lambda: OnlySteps(mlp()),
 }
 
 
