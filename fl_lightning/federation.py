@@ -274,15 +274,20 @@ class Federation:
     # ---- after a round -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def accept(self, outcome: RoundOutcome) -> None:
-        """Make a round's state the federation's; the weights have been stepped by the server's optimizer."""
+    def accept(self, outcome: RoundOutcome) -> list[tuple[ClientId, str]]:
+        """Make a round's state the federation's; the weights have been stepped by the server's optimizer.
+
+        Returns:
+            The versions of clients' memory that this round replaced.
+        """
         self.state = outcome.state
         own = dict(self.module.named_buffers())
         for name, value in outcome.buffers.items():
             own[name].copy_(value)
-        if self.store is not None:
-            self.store.commit([r.client_id for r in outcome.results if r.has_memory], outcome.report.round)
         self.dispatcher.commit()
+        if self.store is None:
+            return []
+        return self.store.commit([r.client_id for r in outcome.results if r.has_memory], outcome.report.round)
 
     def count_steps(
         self, results: Iterable[ClientResult], logged: Callable[[ClientId], bool]

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -25,6 +26,8 @@ from fl_lightning.federation_settings import rehearsal
 from fl_lightning.local.client import ClientHalf
 from fl_lightning.local.worker import copied_module
 from fl_lightning.reporting import ClientCurves, DeviceCharts, RoundCharts, RoundsFile, cut_logs, flush_logs
+from fl_lightning.resuming import old_folders, on_device
+from fl_lightning.retention import Retention
 from fl_lightning.seeding import root_seed
 from fl_lightning.server import twin_of
 from fl_lightning.store import ClientStore
@@ -107,12 +110,15 @@ class FederatedFit:
         self.device_charts = DeviceCharts(self.charts, trainer.fleet, federation.dispatcher.schedule, self.population)
         folder = self._run_folder()
         federation.store = ClientStore(folder / "memory")
+        asynchronous = isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO)
+        self.retention = Retention(federation.store, asynchronous)
         federation.interrupted = lambda: trainer.received_sigterm
         federation.on_cohort, federation.on_client_end = self.curves.join, self._client_ended
         self.rounds = (
             RoundsFile(folder / "rounds.jsonl") if trainer.is_global_zero and not trainer.fast_dev_run else None
         )
         self._resume(folder)
+        self._start_retention(folder)
         local = federation.local_settings(trainer.local_settings())
         local.save_dir, local.has_loggers = str(folder), bool(trainer.loggers)
         half = ClientHalf(
@@ -129,6 +135,13 @@ class FederatedFit:
             self.trainer.client_memory = self._federation.store
             self.curves.close()
             self._federation = None
+
+    def _start_retention(self, folder: Path) -> None:
+        if not self.trainer.is_global_zero:
+            return  # one process deletes for all
+        own = [getattr(callback, "dirpath", None) for callback in self.trainer.checkpoint_callbacks]
+        path = self.trainer.ckpt_path
+        self.retention.start([folder, folder / "checkpoints", *filter(None, own)], [] if path is None else [path])
 
     def _relax_module_callbacks(self) -> None:
         """Let the module's own early stopping wait in vain when the clients validate and the server does not."""
@@ -183,7 +196,9 @@ class FederatedFit:
         """Make the round's results last: the server has stepped."""
         outcome, federation = self._outcome, self.federation
         assert outcome is not None
-        federation.accept(outcome)
+        replaced = federation.accept(outcome)
+        if self.trainer.is_global_zero:
+            self.retention.committed(replaced, outcome.report.round)
         if self.trainer.settings.batch_norm == "recalibrate" and batch_norm_buffers(self.trainer.lightning_module):
             recalibrate(federation, list(dict.fromkeys(outcome.report.cohort)), outcome.report.round)
         curves = federation.count_steps(outcome.results, self.curves.wants)
@@ -256,6 +271,11 @@ class FederatedFit:
         }
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def saved(self, path: str | Path) -> None:
+        """A checkpoint was written: the memory that it names stays as long as the file."""
+        if self._federation is not None and self.trainer.is_global_zero:
+            self.retention.saved(path)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps under ``"fl_lightning"``: tensors and primitives only."""
@@ -332,13 +352,15 @@ class FederatedFit:
             return
         self._require_same_optimizer(saved)
         if saved["state"]:
-            federation.state = _on_device(saved["state"], federation.device)
+            federation.state = on_device(saved["state"], federation.device)
         federation.dispatcher.load_state_dict(saved)
         self.curves.join(saved["client_steps"])
-        old = _old_folder(saved["folder"], self.trainer.ckpt_path)
+        folders = old_folders(saved["folder"], self.trainer.ckpt_path)
+        old = folders[0] if folders else None
         assert federation.store is not None
-        if old is not None and old.resolve() != folder.resolve() and saved["memory"]:
-            federation.store.adopt(ClientStore(old / "memory"), saved["memory"])
+        for source in folders:  # a copied run still has what the original may have deleted since
+            if source.resolve() != folder.resolve() and saved["memory"]:
+                federation.store.adopt(ClientStore(source / "memory"), saved["memory"])
         self.trainer.strategy.barrier("client memory")
         federation.store.load_state_dict(saved["memory"])
         self._restore_history(old, folder, saved)
@@ -374,20 +396,3 @@ def same_start(module: pl.LightningModule) -> None:
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.detach(), src=0)
-
-
-def _old_folder(saved: str, ckpt_path: Any) -> Path | None:
-    candidates = [Path(saved)]
-    if ckpt_path:
-        candidates.append(Path(str(ckpt_path)).resolve().parent.parent)  # <version>/checkpoints/<file>
-    return next((folder for folder in candidates if folder.is_dir()), None)
-
-
-def _on_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _on_device(item, device) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_on_device(item, device) for item in value]
-    return value

@@ -15,7 +15,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from fl_lightning.reporting import continue_folder, continue_runs, newest_checkpoint, newest_version
 from fl_lightning.reporting.versions import is_whole
 
-__all__ = ["best_to_evaluate", "last_to_evaluate", "last_to_fit", "require_best", "require_whole"]
+__all__ = [
+    "best_to_evaluate",
+    "last_to_evaluate",
+    "last_to_fit",
+    "old_folders",
+    "on_device",
+    "require_best",
+    "require_whole",
+]
 
 
 def last_to_fit(loggers: Sequence[Logger], callbacks: Iterable[Any]) -> str | None:
@@ -110,3 +118,22 @@ def _elsewhere(callbacks: Iterable[Any]) -> str | None:
     folders = [str(callback.dirpath) for callback in callbacks if getattr(callback, "dirpath", None)]
     found = [path for path in map(newest_checkpoint, folders) if path is not None]
     return max(found, key=os.path.getmtime) if found else None
+
+
+def old_folders(saved: str, ckpt_path: Any) -> list[Path]:
+    """Return the folders that may hold the run of a checkpoint: where it was, and where its file is now."""
+    candidates = [Path(saved)]
+    if ckpt_path:
+        candidates.append(Path(str(ckpt_path)).resolve().parent.parent)  # <version>/checkpoints/<file>
+    return [folder for folder in candidates if folder.is_dir()]
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors of nested dictionaries and lists, as a checkpoint holds them."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: on_device(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [on_device(item, device) for item in value]
+    return value

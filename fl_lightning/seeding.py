@@ -75,9 +75,20 @@ def forked_rng(seed: int) -> Iterator[None]:
         True
     """
     cuda: Any = torch.cuda
-    states = _collect_rng_states(include_cuda=cuda.is_initialized())
+    accelerated = cuda.is_initialized()
+    # on a CPU at half the cost of Lightning's collection, which turns NumPy's state into a list of 624 integers
+    states = _collect_rng_states(include_cuda=True) if accelerated else _cpu_states()
     seed_everywhere(seed)
     try:
         yield
     finally:
-        _set_rng_states(states)
+        if accelerated:
+            _set_rng_states(states)
+        else:
+            torch.default_generator.set_state(states["torch"])
+            np.random.set_state(states["numpy"])  # noqa: NPY002 (the global one, as in seed_everywhere)
+            random.setstate(states["python"])
+
+
+def _cpu_states() -> dict[str, Any]:
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}  # noqa: NPY002 (the global one)

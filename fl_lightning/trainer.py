@@ -33,6 +33,7 @@ from fl_lightning.reporting import federated_progress_bar
 from fl_lightning.reporting.client_curves import is_logger
 from fl_lightning.reporting.csv_history import continue_csv
 from fl_lightning.resuming import last_to_fit, require_best, require_whole
+from fl_lightning.retention import register
 from fl_lightning.schedules import Sampler, Schedule, Timing, UniformSampler
 from fl_lightning.server import RoundLoader, evaluate_whole, federated
 from fl_lightning.transforms import Transform, all_transforms
@@ -296,6 +297,11 @@ class FederatedTrainer(SavesPersonalModels, EvaluatingTrainer):
             if self._fit is None and self._last_state is not None and self.lightning_module is not None:
                 stack.enter_context(federated(self.lightning_module))
             super().save_checkpoint(filepath, weights_only, storage_options)
+        # the clients' memory that it names stays as long as the file
+        if self._fit is not None:
+            self._fit.saved(filepath)
+        elif self._last_state is not None and self.is_global_zero:
+            register(Path(self._last_state["folder"]) / "memory", filepath)
 
     # ---- where Lightning and a federation differ ---------------------------------------------------------------
 

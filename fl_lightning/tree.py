@@ -9,7 +9,17 @@ from torch import Tensor
 
 from fl_lightning.types import Tree
 
-__all__ = ["add_", "difference", "from_vector", "non_finite", "num_bytes", "scaled", "to_vector", "zeros_like"]
+__all__ = [
+    "add_",
+    "difference",
+    "divided",
+    "from_vector",
+    "non_finite",
+    "num_bytes",
+    "scaled",
+    "to_vector",
+    "zeros_like",
+]
 
 
 def scaled(tree: Tree, factor: float) -> dict[str, Tensor]:
@@ -21,6 +31,17 @@ def scaled(tree: Tree, factor: float) -> dict[str, Tensor]:
     """
     names, tensors = list(tree), list(tree.values())
     return dict(zip(names, torch._foreach_mul(tensors, factor), strict=True)) if tensors else {}
+
+
+def divided(tree: Tree, divisor: float) -> dict[str, Tensor]:
+    """Return ``tree / divisor``: one rounding, where a multiplication by ``1 / divisor`` has two.
+
+    Example:
+        >>> divided({"w": torch.tensor([3.0, 6.0])}, 3.0)["w"].tolist()
+        [1.0, 2.0]
+    """
+    names, tensors = list(tree), list(tree.values())
+    return dict(zip(names, torch._foreach_div(tensors, divisor), strict=True)) if tensors else {}
 
 
 def difference(left: Tree, right: Tree) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fl_lightning.tree import scaled
+from fl_lightning.tree import divided, scaled
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, Phase, Tree
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ class Algorithm:
                 f"Expected a positive sum of client weights, got {weight}. With weights='examples' every client of "
                 "this cohort reports no examples: give the population client_size(id), or use weights='uniform'."
             )
-        return scaled(total.trees["delta"], -1.0 / weight), state
+        # divided, so that a single client's update comes out to 1 ulp whatever its weight
+        return divided(total.trees["delta"], -weight), state
 
     def check_cohort(self, num_clients: int) -> None:
         """Raise when the algorithm is not defined for a cohort of this size; asked before and after it trains."""

@@ -90,7 +90,9 @@ class ClientHalf:
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         """Run tasks in their order and yield a result for each."""
         for outcome in self.loop.run(self._job(task) for task in tasks):
-            yield self._result(outcome)
+            result = self._result(outcome)
+            outcome.update = None  # or it would live as long as the next client trains
+            yield result
 
     def evaluate(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientId, MetricSums | Failure | None]]:
         """Evaluate the broadcast model on the clients' own validation data; ``None`` for a client without any.

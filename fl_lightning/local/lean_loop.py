@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -23,13 +21,13 @@ from fl_lightning.local.lean_grouping import cannot_group, chunks, group_size
 from fl_lightning.local.lean_plain import not_plain, strange_callback
 from fl_lightning.local.lean_stack import CannotGroup
 from fl_lightning.local.lean_trainer import NeedsResults, NotPlain, NotThisClient, Progress
-from fl_lightning.local.lightning_loop import LightningLoop, _Run
+from fl_lightning.local.lightning_loop import ClientRun, LightningLoop
 from fl_lightning.local.quiet import as_rank_zero
 from fl_lightning.local.recorder import ClientLogger, Record
 from fl_lightning.local.settings import LocalSettings
 from fl_lightning.local.worker import load_tensors
 from fl_lightning.metrics import alone
-from fl_lightning.seeding import forked_rng, seed_everywhere
+from fl_lightning.seeding import forked_rng
 from fl_lightning.types import ClientTask, ClientUpdate, Memory, Phase, Tree
 
 __all__ = ["LeanLoop"]
@@ -82,7 +80,7 @@ class LeanLoop(LightningLoop):
     def _run_groups(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
         """Return the outcomes of the jobs that could train together, by position."""
         done: dict[int, Outcome] = {}
-        with _forked(jobs[0].task.seed), as_rank_zero(), alone(), torch.enable_grad():
+        with forked_rng(jobs[0].task.seed), as_rank_zero(), alone(), torch.enable_grad():
             opened = [self._member(job) for job in jobs]
             members = {position: member for position, member in enumerate(opened) if member is not None}
             positions = list(members)
@@ -103,7 +101,7 @@ class LeanLoop(LightningLoop):
             batches = None if data.validates else batches_of(data.train, self.trainer.limit_train_batches)
             if not isinstance(batches, TensorBatches) or not batches.sizes():
                 return None
-            callbacks = _LeanRun(self, job.task, data, job.memory(), None)._callbacks(phases[0])
+            callbacks = _LeanRun(self, job.task, data, job.memory(), None).callbacks(phases[0])
         except (Exception, NotThisClient):
             return None  # its fault shows when it trains by itself
         num_examples = sum(batches.sizes()) if data.num_examples is None else data.num_examples
@@ -166,7 +164,7 @@ class LeanLoop(LightningLoop):
                 why = str(refusal)
             except Exception as error:  # LightningLoop decides whether it is the client's fault or this loop's
                 why = f"{type(error).__name__}: {error}"
-        outcome = next(super().run([job]))
+        outcome = self.outcome(job)
         if why is not None and self.reason is None and outcome.error is None:
             self.reason = why
             rank_zero_info(f"LightningLoop takes over the local training from LeanLoop: {why}.")
@@ -196,7 +194,7 @@ class LeanLoop(LightningLoop):
         if self.settings.has_loggers:
             logger = ClientLogger(logged, self.settings.save_dir, step_offset=task.work.step_offset)
         with ExitStack() as stack:
-            for context in (_forked(task.seed), as_rank_zero(), alone(), torch.enable_grad()):
+            for context in (forked_rng(task.seed), as_rank_zero(), alone(), torch.enable_grad()):
                 stack.enter_context(context)
             update = _LeanRun(self, task, data, memory, logger).phases()
         return update, logger.take() if logger is not None else []
@@ -216,25 +214,8 @@ class LeanLoop(LightningLoop):
         return super().personalize(task, data, memory)
 
     def _personalize_lean(self, task: ClientTask, data: ClientData, memory: Memory) -> Tree:
-        with _forked(task.seed), as_rank_zero(), alone(), torch.enable_grad():
+        with forked_rng(task.seed), as_rank_zero(), alone(), torch.enable_grad():
             return _LeanRun(self, task, data, memory, None).personal()
-
-
-@contextmanager
-def _forked(seed: int) -> Iterator[None]:
-    """Do what ``forked_rng`` does, at half its cost on a CPU: NumPy's state stays an array."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        with forked_rng(seed):
-            yield
-        return
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 (the global one)
-    seed_everywhere(seed)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])
 
 
 class _Observed:
@@ -246,32 +227,32 @@ class _Observed:
         self.metrics = fit.log.sums()
 
 
-class _LeanRun(_Run):
+class _LeanRun(ClientRun):
     """One client's round, phase by phase."""
 
     loop: LeanLoop
 
-    def _phase(self, phase: Phase, previous: Tree | None) -> tuple[ClientUpdate, Tree]:
+    def phase(self, phase: Phase, previous: Tree | None) -> tuple[ClientUpdate, Tree]:
         loop, task = self.loop, self.task
         if self.data.validates:
             raise NotThisClient("it validates")
-        start = self._start(phase, previous)
+        start = self.start(phase, previous)
         module = loop.worker.module
         loop.worker.restore()
         done = self._fit(phase)
         done.run(
-            lambda model: self._load(model, start, phase),
-            lambda optimizers, configs: self._optimizers(optimizers, configs, phase),
+            lambda model: self.load(model, start, phase),
+            lambda optimizers, configs: self.optimizers(optimizers, configs, phase),
         )
         if done.progress.epoch == 0:
             raise EmptyClientError(task.client_id, task.round, "it has no batch to train on")
         observed: Any = _Observed(done)
-        self._check_corrections(done.callbacks, observed)
+        self.check_corrections(done.callbacks, observed)
         # where LightningLoop's own code looks for them
         loop.trainer.strategy.optimizers = done.progress.optimizers
         loop.trainer.strategy.lr_scheduler_configs = done.progress.schedulers
-        update = self._update(module, observed, done.callbacks, phase)
-        return update, self._now(module, phase)
+        update = self.update(module, observed, done.callbacks, phase)
+        return update, self.now(module, phase)
 
     def _fit(self, phase: Phase) -> Fit:
         loop, work, trainer = self.loop, self.task.work, self.loop.trainer
@@ -281,7 +262,7 @@ class _LeanRun(_Run):
         return Fit(
             loop.facts,
             batches=lambda: batches_of(self.data.train, trainer.limit_train_batches),
-            callbacks=self._callbacks(phase),
+            callbacks=self.callbacks(phase),
             progress=Progress(epochs, steps, trainer._accumulate, trainer._log_every),
             logger=self._logger(phase),
             offset=work.step_offset,

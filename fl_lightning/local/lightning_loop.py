@@ -31,7 +31,7 @@ from fl_lightning.metrics import MetricSums, StepSums, alone, capture
 from fl_lightning.seeding import forked_rng, seed_for
 from fl_lightning.types import ClientTask, ClientUpdate, Memory, Phase, Tree
 
-__all__ = ["LightningLoop"]
+__all__ = ["ClientRun", "LightningLoop"]
 
 
 class _Observer(Checkpoint):
@@ -106,12 +106,14 @@ class LightningLoop:
     def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
         """Run clients one after the other; a client that fails is an outcome, not an end."""
         for job in jobs:
-            try:
-                update, records = self.train(job.task, job.data(), job.memory(), job.logged)
-            except Exception as error:  # a user's module may raise anything
-                yield Outcome(job, error=error)
-            else:
-                yield Outcome(job, update, records)
+            yield self.outcome(job)  # no name here holds the update while the next client trains
+
+    def outcome(self, job: Job) -> Outcome:
+        """Run one client, whatever becomes of it."""
+        try:
+            return Outcome(job, *self.train(job.task, job.data(), job.memory(), job.logged))
+        except Exception as error:  # a user's module may raise anything
+            return Outcome(job, error=error)
 
     def train(
         self, task: ClientTask, data: ClientData, memory: Memory, logged: bool
@@ -137,7 +139,7 @@ class LightningLoop:
         with ExitStack() as stack:
             for context in (forked_rng(task.seed), quiet(), as_rank_zero(), alone()):
                 stack.enter_context(context)
-            run = _Run(self, task, data, memory, logger)
+            run = ClientRun(self, task, data, memory, logger)
             update = run.phases()
         return update, logger.take() if logger is not None else []
 
@@ -171,7 +173,7 @@ class LightningLoop:
             EmptyClientError: when the client's loader gave no batch.
         """
         with forked_rng(task.seed), quiet(), as_rank_zero(), alone():
-            return _Run(self, task, data, memory, None).personal()
+            return ClientRun(self, task, data, memory, None).personal()
 
     def validate(self, task: ClientTask, dataloaders: Any, memory: Memory) -> MetricSums:
         """Evaluate the broadcast model on a client's own data and return the mergeable sums."""
@@ -202,7 +204,7 @@ class _EvaluationObserver(Checkpoint):
 
 
 @dataclass(slots=True)
-class _Run:
+class ClientRun:
     """One client's round in the making."""
 
     loop: LightningLoop
@@ -214,6 +216,7 @@ class _Run:
     several: bool = False
 
     def phases(self) -> ClientUpdate:
+        """Run the phases of the algorithm and return the update of the one that reports."""
         phases = self.loop.algorithm.phases(self.task)
         self.several = len(phases) > 1
         if sum(phase.report for phase in phases) != 1:
@@ -226,7 +229,7 @@ class _Run:
         for position, phase in enumerate(phases):
             if position:
                 torch.manual_seed(seed_for(self.task.seed, self.task.round, self.task.client_id, phase.name))
-            done, previous = self._phase(phase, previous)
+            done, previous = self.phase(phase, previous)
             if phase.report:
                 update = done
         assert update is not None
@@ -236,14 +239,15 @@ class _Run:
     def personal(self) -> Tree:
         """Train the personal model and return it; nothing else comes of it."""
         phase = Phase(PERSONAL, callbacks="none", start="personal", report=False, keep=PERSONAL)
-        self._phase(phase, None)
+        self.phase(phase, None)
         personal: Tree = self.extra[PERSONAL]
         return personal
 
-    def _phase(self, phase: Phase, previous: Tree | None) -> tuple[ClientUpdate, Tree]:
+    def phase(self, phase: Phase, previous: Tree | None) -> tuple[ClientUpdate, Tree]:
+        """Train once; return the update, and the parameters where the next phase may start from."""
         loop, task = self.loop, self.task
-        start = self._start(phase, previous)
-        callbacks = self._callbacks(phase)
+        start = self.start(phase, previous)
+        callbacks = self.callbacks(phase)
         observer = _Observer(self.data.num_examples, loop.trainer._log_every)
         loop.worker.restore()
         module = loop.worker.module
@@ -252,8 +256,8 @@ class _Run:
             epochs, steps = phase.epochs, None
         loop.trainer.renew(epochs, steps, [*callbacks, observer], self._logger(phase), task.work.step_offset)
         strategy = loop.trainer.client_strategy
-        strategy.before_setup = lambda model: self._load(model, start, phase)
-        strategy.after_optimizers = lambda optimizers, configs: self._optimizers(optimizers, configs, phase)
+        strategy.before_setup = lambda model: self.load(model, start, phase)
+        strategy.after_optimizers = lambda optimizers, configs: self.optimizers(optimizers, configs, phase)
         loop.trainer.fit_client(module, self.data.validates, **self.data.as_arguments())
         if observer.num_batches == 0:
             raise EmptyClientError(
@@ -261,11 +265,11 @@ class _Run:
                 task.round,
                 "it has no batch to train on (an empty loader, or fewer examples than one batch with drop_last=True)",
             )
-        self._check_corrections(callbacks, observer)
-        update = self._update(module, observer, callbacks, phase)
-        return update, self._now(module, phase)
+        self.check_corrections(callbacks, observer)
+        update = self.update(module, observer, callbacks, phase)
+        return update, self.now(module, phase)
 
-    def _now(self, module: pl.LightningModule, phase: Phase) -> Tree:
+    def now(self, module: pl.LightningModule, phase: Phase) -> Tree:
         """Return the whole model after a phase that another one, or the client's next round, goes on from."""
         if not self.several and not phase.keep:
             return {}
@@ -281,7 +285,8 @@ class _Run:
             return self.logger
         return ClientLogger(False, self.loop.settings.save_dir, step_offset=self.task.work.step_offset)
 
-    def _start(self, phase: Phase, previous: Tree | None) -> list[Tree]:
+    def start(self, phase: Phase, previous: Tree | None) -> list[Tree]:
+        """Return the trees that a phase starts from, in the order in which they are loaded."""
         trees = _starting_trees(self.loop.settings, self.task, self.memory)
         if phase.start == "previous" and previous is not None:
             trees.append(previous)
@@ -289,7 +294,8 @@ class _Run:
             trees.append(self.memory[PERSONAL])
         return trees
 
-    def _callbacks(self, phase: Phase) -> list[Callback]:
+    def callbacks(self, phase: Phase) -> list[Callback]:
+        """Return this client's own copies of the callbacks."""
         mine = list(self.loop.settings.callbacks)
         if phase.callbacks == "algorithm":
             mine += self.loop.algorithm.client_callbacks()
@@ -299,7 +305,8 @@ class _Run:
                 callback.begin(self.task, self.memory)
         return copies
 
-    def _load(self, module: torch.nn.Module, trees: Sequence[Tree], phase: Phase) -> None:
+    def load(self, module: torch.nn.Module, trees: Sequence[Tree], phase: Phase) -> None:
+        """Put the start into the module and freeze what the phase does not train."""
         load_tensors(module, trees)
         if phase.trainable is not None or phase.frozen:
             for name, parameter in module.named_parameters():
@@ -307,7 +314,8 @@ class _Run:
                 if not chosen or any(fnmatchcase(name, pattern) for pattern in phase.frozen):
                     parameter.requires_grad_(False)
 
-    def _optimizers(self, optimizers: list[Optimizer], configs: list[Any], phase: Phase) -> None:
+    def optimizers(self, optimizers: list[Optimizer], configs: list[Any], phase: Phase) -> None:
+        """Set the client's learning rates, and go on with kept optimizers."""
         work = self.task.work
         if not self.data.validates:
             for config in configs:
@@ -316,7 +324,8 @@ class _Run:
         if self.loop.settings.client_state == "keep" and phase.report:
             load_optimizers(optimizers, configs, self.memory.get("optimizers"), work.lr_factor)
 
-    def _check_corrections(self, callbacks: Iterable[Callback], observer: _Observer) -> None:
+    def check_corrections(self, callbacks: Iterable[Callback], observer: _Observer) -> None:
+        """Raise when a correction never ran although optimizers stepped."""
         for callback in callbacks:
             if isinstance(callback, GradientCorrection) and observer.num_steps and not callback.num_corrections:
                 raise MisconfigurationException(
@@ -325,10 +334,12 @@ class _Run:
                     "Lightning calls on_before_optimizer_step."
                 )
 
-    def _update(
+    def update(
         self, module: pl.LightningModule, observer: _Observer, callbacks: Iterable[Callback], phase: Phase
     ) -> ClientUpdate:
         loop, task, settings = self.loop, self.task, self.loop.settings
+        for parameter in module.parameters():
+            parameter.grad = None  # its place is taken by the update
         memory: Memory = {}
         if settings.local_names:
             memory["local"] = read_tensors(module, settings.local_names)

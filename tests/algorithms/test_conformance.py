@@ -210,6 +210,21 @@ def test_fednova_with_equal_steps_is_fedavg_up_to_rounding() -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(module.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["FedAvg", "FedProx", "MimeLite", "Scaffold I", "Ditto", "FedAvgM"])
+@pytest.mark.parametrize("num_examples", [3, 10, 49, 601])
+def test_a_weight_leaves_no_trace_on_a_single_client(name: str, num_examples: int) -> None:
+    """Where the product with the weight is exact, so is the quotient; a product with its inverse would not be."""
+    algorithm, delta = ALGORITHMS[name](), torch.arange(-1000.0, 1000.0) / 1024
+    model = {"w": torch.zeros_like(delta)}
+    state = algorithm.init_state(model)
+    task = ClientTask("a", 0, 0, {"model": model, **algorithm.broadcast(state)}, seed=0)
+    extra = {"start_grad": {"w": delta}, "distance": 0.2, "lr": 0.1, "personal": {"w": delta}, "start_loss": 1.0}
+    update = ClientUpdate("a", {"w": delta}, {}, num_examples, num_steps=2, a_norm=2.0, extra=extra)
+    contribution, _ = algorithm.contribute(update, task, {})
+    gradient, _ = algorithm.apply(contribution, state, num_clients=1)
+    assert torch.equal(gradient["w"], -delta)
+
+
 @pytest.mark.parametrize(
     "name",
     [

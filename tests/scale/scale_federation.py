@@ -61,7 +61,9 @@ class EvaluatedClients(Clients):
         return DataLoader(self.data, batch_size=2)
 
 
-def fit(clients: Clients, module: pl.LightningModule | None = None, **arguments: Any) -> FederatedTrainer:
+def fit(
+    clients: Clients, module: pl.LightningModule | None = None, ckpt_path: Any = None, **arguments: Any
+) -> FederatedTrainer:
     """Run a federation without logger, checkpoint or bar, unless the arguments say otherwise."""
     defaults: dict[str, Any] = {
         "max_rounds": 1,
@@ -72,7 +74,7 @@ def fit(clients: Clients, module: pl.LightningModule | None = None, **arguments:
         "accelerator": "cpu",
     }
     trainer = FederatedTrainer(**{**defaults, **arguments})
-    trainer.fit(module if module is not None else Linear(), datamodule=clients)
+    trainer.fit(module if module is not None else Linear(), datamodule=clients, ckpt_path=ckpt_path)
     return trainer
 
 
