@@ -86,6 +86,19 @@ def non_finite(tree: Tree) -> str | None:
     return None
 
 
+def norm(tree: Tree) -> float:
+    """Return the Euclidean norm of all elements: NaN or infinite when one of them is.
+
+    Example:
+        >>> norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+        5.0
+    """
+    tensors = [tensor if tensor.is_floating_point() else tensor.float() for tensor in tree.values()]
+    if not tensors:
+        return 0.0
+    return float(torch.stack([part.double() for part in torch._foreach_norm(tensors)]).norm())
+
+
 def _all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 

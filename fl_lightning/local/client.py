@@ -8,6 +8,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,7 +25,7 @@ from fl_lightning.local.settings import LocalSettings
 from fl_lightning.metrics import MetricSums
 from fl_lightning.store import ClientStore
 from fl_lightning.transforms import TRANSFORMS
-from fl_lightning.tree import non_finite
+from fl_lightning.tree import non_finite, norm
 from fl_lightning.types import ClientId, ClientTask, ClientUpdate, Contribution, Memory, Tree
 
 __all__ = ["ClientHalf", "ClientResult", "Failure"]
@@ -171,7 +172,9 @@ class ClientHalf:
             return result
         update = outcome.update
         assert update is not None
-        bad = non_finite(update.delta) or non_finite(update.buffers)
+        result.update_norm = norm(update.delta)
+        # a finite norm has no NaN or infinity in it; only the norm of large numbers is infinite without one
+        bad = (None if isfinite(result.update_norm) else non_finite(update.delta)) or non_finite(update.buffers)
         if bad is not None:
             result.failure = Failure(f"its update has NaN or infinite values in {bad!r}", bad_update=True)
             return result
@@ -186,9 +189,6 @@ class ClientHalf:
             self.store.put(task.client_id, task.round, memory)
             result.has_memory = True
         result.num_examples, result.num_steps = update.num_examples, update.num_steps
-        result.update_norm = (
-            float(torch.stack([t.float().norm() for t in update.delta.values()]).norm()) if update.delta else 0.0
-        )
         result.metrics, result.records = update.metrics, outcome.records
         return result
 

@@ -6,52 +6,28 @@ size go together, so nothing is padded: in an epoch first all full batches, then
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, vmap
 
 from fl_lightning.callbacks import StepCounter
 from fl_lightning.callbacks.base import ClientCallback, GradientCorrection
-from fl_lightning.local.job import Job, Outcome
+from fl_lightning.local.job import Outcome
 from fl_lightning.local.lean_client import Facts, configure
-from fl_lightning.local.lean_data import TensorBatches
+from fl_lightning.local.lean_group_corrections import Corrections
+from fl_lightning.local.lean_group_data import GroupData, Member
 from fl_lightning.local.lean_group_log import GroupLog, Tick
-from fl_lightning.local.lean_stack import CannotGroup, Rates, Rows, StackedOptimizer, put, take
+from fl_lightning.local.lean_stack import CannotGroup, Rates, Rows, StackedOptimizer, put, stacked, take
 from fl_lightning.local.lean_trainer import LeanTrainer, Progress
 from fl_lightning.local.recorder import ClientLogger
 from fl_lightning.types import ClientUpdate, Tree
 
-__all__ = ["Group", "Member"]
-
-
-@dataclass(slots=True)
-class Member:
-    """One client of a group: its job, its data and its own copies of the callbacks."""
-
-    job: Job
-    batches: TensorBatches
-    callbacks: list[Callback]
-    num_examples: int
-
-    def sizes(self, epoch: int) -> list[int]:
-        """Return the sizes of the batches of an epoch that the client gets to."""
-        work, sizes = self.job.task.work, self.batches.sizes()
-        if work.steps is not None:
-            return sizes[: max(0, work.steps - epoch * len(sizes))]
-        return sizes if epoch < (work.epochs or 0) else []
-
-    def key(self) -> tuple[Any, ...]:
-        """Return what clients of one group have in common."""
-        task, batches = self.job.task, self.batches
-        kinds = tuple((tensor.dtype, tensor.shape[1:]) for tensor in batches.tensors)
-        return task.work.epochs, task.work.steps, batches.batch_size, kinds, id(task.broadcast["model"])
+__all__ = ["Group"]
 
 
 class Group:
@@ -84,13 +60,14 @@ class Group:
         order = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._names = [names[id(p)] for p in order]
         self._start = [p.detach().clone() for p in order]
-        self.params = [p.expand(len(members), *p.shape).clone() for p in self._start]
+        linear = {part.weight for part in self.module.modules() if type(part) is nn.Linear}
+        self.params = [stacked(p.detach(), len(members), turned=p in linear) for p in order]
         self._stacked = StackedOptimizer(self._optimizer, self.params)
-        self._corrections = _Corrections.of(members, facts.module)
-        self._step = vmap(grad_and_value(self._loss, has_aux=True), randomness="different")
+        self._corrections = Corrections.of(members, facts.module)
+        self._losses = vmap(self._loss, randomness="different")
         self._wrapper = _Step(self.module)
         self._interval = configs[0] if configs else None
-        self._data = _GroupData(members)
+        self._data = GroupData(members)
 
     # ---- before ------------------------------------------------------------------------------------------------
 
@@ -160,10 +137,8 @@ class Group:
         begin = indices[0] if len(set(indices)) == 1 else torch.tensor(indices)
         batch = self._data.batch(rows, begin, size)
         params = take(self.params, rows)
-        named = dict(zip(self._names, params, strict=True))
-        self.log.begin()
-        grads, (_, logged) = self._step(named, batch)
-        grads = self._corrections.apply(rows, named, grads)
+        raw, logged = self._gradients(params, batch)
+        grads = self._corrections.apply(rows, dict(zip(self._names, params, strict=True)), raw)
         found = [grads[name] for name in self._names]
         if self.facts.clip:
             found = _clipped(found, self.facts.clip, self.facts.clip_algorithm)
@@ -173,6 +148,18 @@ class Group:
             self._counts[row] += 1
         last = [index + 1 == len(sizes[row]) for row, index in zip(which, indices, strict=True)]
         self.log.absorb(Tick(rows, self._epoch, size, logged, last))
+
+    def _gradients(self, params: list[Tensor], batch: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return each client's gradients and what it logged.
+
+        No client's loss depends on another one's parameters, so the gradient of their sum is everyone's own. Autograd
+        outside of vmap walks back over plain batched tensors; vmap over ``torch.func.grad`` would go through its
+        dispatcher for every operation of the backward pass as well.
+        """
+        leaves = [param.detach().requires_grad_() for param in params]
+        losses, logged = self._losses(dict(zip(self._names, leaves, strict=True)), batch)
+        grads = torch.autograd.grad(losses.sum(), leaves)
+        return dict(zip(self._names, grads, strict=True)), logged
 
     def _loss(self, params: Tree, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         arguments = (batch, self._index) if self.facts.takes_index else (batch,)
@@ -204,8 +191,8 @@ class Group:
 
     def outcomes(self, settings: Any) -> list[Outcome]:
         """Return what became of the members, in their order."""
-        torch._foreach_sub_(self.params, [start.unsqueeze(0) for start in self._start])
-        columns = {name: delta.unbind(0) for name, delta in zip(self._names, self.params, strict=True)}
+        columns = {n: _moved(p, s).unbind(0) for n, p, s in zip(self._names, self.params, self._start, strict=True)}
+        self.params = []
         own = dict(self.module.named_parameters())
         still = {n: torch.zeros_like(own[n]).detach() for n in settings.parameter_names if n not in columns}
         sums = self.log.sums()
@@ -258,6 +245,13 @@ class Group:
         counter.unwatch()
 
 
+def _moved(params: Tensor, start: Tensor) -> Tensor:
+    """Return what clients add to the model, in the layout of the model whatever that of the stack is."""
+    if params.is_contiguous():
+        return params.sub_(start)
+    return torch.sub(params, start, out=torch.empty(params.shape, dtype=params.dtype))
+
+
 class _Step(nn.Module):
     def __init__(self, module: pl.LightningModule) -> None:
         super().__init__()
@@ -282,114 +276,6 @@ class GroupTrainer(LeanTrainer):
 
     global_step = is_last_batch = num_training_batches = estimated_stepping_batches = property(_refuse)
     logger = loggers = optimizers = lr_scheduler_configs = callbacks = property(_refuse)
-
-
-@dataclass(slots=True)
-class _Corrections:
-    """The members' gradient corrections, each one's own trees stacked."""
-
-    templates: list[tuple[GradientCorrection, dict[str, tuple[list[str], list[Tensor]]]]]
-
-    @classmethod
-    def of(cls, members: Sequence[Member], module: nn.Module) -> _Corrections:
-        templates = []
-        for position, first in enumerate(members[0].callbacks):
-            if not isinstance(first, GradientCorrection):
-                continue
-            alike = [member.callbacks[position] for member in members]
-            for other in alike[1:]:
-                _require_alike(first, other)
-            stacked = {}
-            for tree, tensors in first.own.items():
-                names = list(tensors)
-                stacked[tree] = names, [torch.stack([c.own[tree][n] for c in alike]) for n in names]  # type: ignore[attr-defined]
-            templates.append((first, stacked))
-        return cls(templates)
-
-    def apply(self, rows: Rows, params: Tree, grads: Tree) -> Tree:
-        for template, stacked in self.templates:
-            own: dict[str, Tree] = {t: dict(zip(n, take(s, rows), strict=True)) for t, (n, s) in stacked.items()}
-            grads = vmap(_corrector(template), randomness="different")(grads, dict(params), own)
-        return grads
-
-
-def _corrector(template: GradientCorrection) -> Callable[[Tree, Tree, dict[str, Tree]], dict[str, Tensor]]:
-    task, kept = template.task, template.own
-    assert task is not None
-
-    def correct(grads: Tree, params: Tree, own: dict[str, Tree]) -> dict[str, Tensor]:
-        template.own = own
-        try:
-            return template.correct(grads, params, task)
-        finally:
-            template.own = kept
-
-    return correct
-
-
-def _require_alike(first: GradientCorrection, other: Any) -> None:
-    for name, value in vars(first).items():
-        theirs = vars(other).get(name)
-        if name in ("own", "task", "num_corrections") or value is theirs:
-            continue
-        tensors = isinstance(value, Tensor) and isinstance(theirs, Tensor)
-        alike = torch.equal(value, theirs) if tensors else value == theirs
-        if alike is not True:
-            raise CannotGroup(f"{type(first).__name__}.{name} differs from client to client and is not in its `own`")
-
-
-class _GroupData:
-    """The members' examples in one place, and where each one's batches are.
-
-    Shape:
-        ``order``: ``(clients, longest epoch)``, positions in ``tensors``.
-    """
-
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.members = members
-        whole = members[0].batches.tensors
-        self._shared = all(
-            len(m.batches.tensors) == len(whole) and all(a is b for a, b in zip(m.batches.tensors, whole, strict=True))
-            for m in members
-        )
-        self._offsets = [0] * len(members)
-        self.tensors: Sequence[Tensor] = whole
-        if not self._shared:
-            parts = [m.batches.own() for m in members]
-            self.tensors = [torch.cat(column) for column in zip(*parts, strict=True)]
-            for row, part in enumerate(parts[:-1]):
-                self._offsets[row + 1] = self._offsets[row] + len(part[0])
-        self._orders = [_orders(member, mapped=self._shared) for member in members]
-        self.order = torch.empty(0, dtype=torch.int64)
-        self.begin_epoch(0, range(len(members)))
-
-    def begin_epoch(self, epoch: int, active: Sequence[int]) -> None:
-        longest = max(len(self._orders[row][epoch]) for row in active)
-        self.order = torch.zeros(len(self.members), longest, dtype=torch.int64)
-        for row in active:
-            mine = self._orders[row][epoch]
-            self.order[row, : len(mine)] = mine + self._offsets[row] if self._offsets[row] else mine
-
-    def batch(self, rows: Rows, index: int | Tensor, size: int) -> list[Tensor]:
-        """Return batches of the rows, ``(rows, size, *example)``."""
-        order = self.order[:rows] if isinstance(rows, int) else self.order.index_select(0, rows)
-        full = self.members[0].batches.batch_size
-        if isinstance(index, int):
-            chosen = order[:, index * full : index * full + size]
-        else:
-            chosen = order.gather(1, (index * full).unsqueeze(1) + torch.arange(size))
-        flat = chosen.reshape(-1)
-        return [tensor.index_select(0, flat).reshape(*chosen.shape, *tensor.shape[1:]) for tensor in self.tensors]
-
-
-def _orders(member: Member, mapped: bool) -> list[Tensor]:
-    """Draw a client's orders of all epochs, as it draws them alone."""
-    torch.default_generator.manual_seed(member.job.task.seed)
-    orders: list[Tensor] = []
-    while member.sizes(len(orders)):
-        member.batches.skip_seed()
-        orders.append(member.batches.positions() if mapped else member.batches.order())
-    return orders
 
 
 def _clipped(grads: list[Tensor], clip: float, algorithm: Any) -> list[Tensor]:

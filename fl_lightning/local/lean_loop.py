@@ -16,7 +16,8 @@ from fl_lightning.errors import EmptyClientError
 from fl_lightning.local.job import ClientData, Job, Outcome
 from fl_lightning.local.lean_client import Facts, Fit
 from fl_lightning.local.lean_data import TensorBatches, batches_of
-from fl_lightning.local.lean_group import Group, Member
+from fl_lightning.local.lean_group import Group
+from fl_lightning.local.lean_group_data import Member
 from fl_lightning.local.lean_grouping import cannot_group, chunks, group_size
 from fl_lightning.local.lean_plain import not_plain, strange_callback
 from fl_lightning.local.lean_stack import CannotGroup

@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fl_lightning.local.client_state import scale_learning_rates
 from fl_lightning.local.lean_step import ordinary
 
-__all__ = ["CannotGroup", "Rates", "Rows", "StackedOptimizer", "put", "take"]
+__all__ = ["CannotGroup", "Rates", "Rows", "StackedOptimizer", "put", "stacked", "take"]
 
 Rows: TypeAlias = int | Tensor
 """Some clients of a group: the first ``n``, or those at the positions of a tensor."""
@@ -27,11 +27,33 @@ class CannotGroup(Exception):
     """Why clients of this module train one by one."""
 
 
+def stacked(tensor: Tensor, num_clients: int, turned: bool) -> Tensor:
+    """Return copies of a tensor along a new first axis.
+
+    Args:
+        tensor: what every client starts from.
+        num_clients: how many copies.
+        turned: keep each matrix transposed in memory. That is how a batched product gives the gradient of a linear
+            layer's weight, and a step over two layouts takes three times as long as over one.
+
+    Example:
+        >>> stack = stacked(torch.ones(2, 3), 4, turned=True)
+        >>> stack.shape, stack.stride()
+        (torch.Size([4, 2, 3]), (6, 1, 2))
+    """
+    if turned:
+        return stacked(tensor.t().contiguous(), num_clients, turned=False).mT
+    return tensor.expand(num_clients, *tensor.shape).clone(memory_format=torch.contiguous_format)
+
+
 def take(stack: Sequence[Tensor], rows: Rows) -> list[Tensor]:
     """Return the rows of each tensor: views of the first ones, copies of others."""
     if isinstance(rows, int):
         return [tensor[:rows] for tensor in stack]
-    return [tensor.index_select(0, rows) for tensor in stack]
+    return [
+        tensor.index_select(0, rows) if tensor.is_contiguous() else tensor.mT.index_select(0, rows).mT
+        for tensor in stack
+    ]
 
 
 def put(stack: Sequence[Tensor], rows: Rows, values: Sequence[Tensor]) -> None:
