@@ -33,7 +33,10 @@ __all__ = ["Dispatcher", "check_schedule", "schedule_of"]
 
 
 def schedule_of(trainer: Any) -> Schedule:
-    """Return the schedule of a fit, new and without history: the trainer's, or rounds in step."""
+    """Return the schedule of a fit, new and without history: the algorithm's, the trainer's, or rounds in step."""
+    own: Schedule | None = trainer.algorithm.schedule()
+    if own is not None:
+        return own
     if trainer.schedule is not None:
         schedule: Schedule = copy.deepcopy(trainer.schedule)
         return schedule
@@ -61,6 +64,30 @@ def check_schedule(settings: FederationSettings, fleet: Any, sampler: Any, sched
         raise MisconfigurationException(
             f"DeviceRounds needs devices, got fleet={fleet!r}. Write FederatedTrainer(fleet=DeviceFleet("
             "profile='smartphones'), schedule=DeviceRounds(...))."
+        )
+    if settings.algorithm.schedule() is not None:
+        _check_asynchronous(settings, sampler, schedule)
+
+
+def _check_asynchronous(settings: FederationSettings, sampler: Any, schedule: Any) -> None:
+    algorithm = settings.algorithm
+    name = type(algorithm).__name__
+    if settings.clients_per_round is not None:
+        raise MisconfigurationException(
+            f"clients_per_round={settings.clients_per_round} has no meaning with {name}, whose clients work all the "
+            f"time. Write {name}(..., concurrency={settings.clients_per_round}) for the clients at work at any time."
+        )
+    for argument, given in (("sampler", sampler), ("schedule", schedule)):
+        if given is not None:
+            raise MisconfigurationException(
+                f"{name} draws the next client itself whenever one has finished, and would not use "
+                f"{argument}={type(given).__name__}(...). Leave {argument} out, or use a synchronous algorithm."
+            )
+    size = getattr(algorithm, "buffer_size", 1)
+    if settings.min_clients > size:
+        raise MisconfigurationException(
+            f"min_clients={settings.min_clients} can never deliver into a round of {name}, which is complete with "
+            f"{size}. Lower min_clients."
         )
 
 
@@ -176,15 +203,22 @@ class Dispatcher:
 
     def tasks(self, plan: Plan, round: int) -> list[ClientTask]:
         """Return the tasks of a plan; :attr:`versions` must hold the broadcasts that they train from."""
-        return [self._task(dispatch, round) for dispatch in plan.dispatches]
+        offsets = {dispatch.client_id: self.client_steps.get(dispatch.client_id, 0) for dispatch in plan.dispatches}
+        several = len(offsets) < len(plan.dispatches)
+        tasks = []
+        for dispatch in plan.dispatches:
+            tasks.append(self._task(dispatch, round, offsets[dispatch.client_id]))
+            if several:  # a client's curve goes on where its dispatch before this one ends
+                offsets[dispatch.client_id] += self.num_steps(dispatch.client_id, dispatch.work)
+        return tasks
 
-    def _task(self, dispatch: Dispatch, round: int) -> ClientTask:
+    def _task(self, dispatch: Dispatch, round: int, step_offset: int) -> ClientTask:
         purpose = f"training {dispatch.repeat}" if dispatch.repeat else "training"
         seed = seed_for(self.settings.seed, dispatch.version, dispatch.client_id, purpose)
         task = ClientTask(
             dispatch.client_id, round, dispatch.dispatch_id, self.versions[dispatch.version], seed, dispatch.work
         )
-        return task.with_work(step_offset=self.client_steps.get(dispatch.client_id, 0))
+        return task.with_work(step_offset=step_offset)
 
     # ---- how much work that is ---------------------------------------------------------------------------------
 
@@ -248,17 +282,25 @@ class Dispatcher:
             "bytes": [self.bytes_down, self.bytes_up],
             "schedule": {type(self.schedule).__name__: self.schedule.state_dict()},
             "sampler": {type(self.sampler).__name__: _state_of(self.sampler)},
+            "versions": dict(self.versions),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, as it was after the last committed round."""
-        return {**copy.deepcopy(self._committed or self._state()), "client_steps": dict(self.client_steps)}
+        """Return what a checkpoint keeps, as it was after the last committed round.
+
+        Every version in flight is in it once, however many clients train from it. Versions never change, so they are
+        not copied.
+        """
+        state = dict(self._committed or self._state())
+        own = {part: copy.deepcopy(state[part]) for part in ("schedule", "sampler")}
+        return {**state, **own, "client_steps": dict(self.client_steps)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to a checkpoint's state."""
+        """Go back to a checkpoint's state, with its tensors on this process's device."""
         self.num_dispatched, self.clock = state["num_dispatched"], state.get("clock", 0.0)
         self.bytes_down, self.bytes_up = state.get("bytes", [self.bytes_down, self.bytes_up])
         self.client_steps = dict(state["client_steps"])
+        self.versions = dict(state.get("versions", {}))
         for part in ("schedule", "sampler"):
             self._load(part, getattr(self, part), state.get(part, {}))
         self._committed = self._state()

@@ -35,7 +35,7 @@ from fl_lightning.store import ClientStore
 from fl_lightning.transforms import TRANSFORMS, Codec, PayloadError, ServerCodec
 from fl_lightning.traveling import Traveling
 from fl_lightning.tree import num_bytes
-from fl_lightning.types import ClientId, ClientTask, Contribution, RoundReport, Tree, Work
+from fl_lightning.types import Arrival, ClientId, ClientTask, Contribution, RoundReport, Tree, Work
 
 __all__ = ["Federation", "FederationSettings", "RoundOutcome"]
 
@@ -84,7 +84,8 @@ class Federation:
         self.traveling = Traveling.of(module, self.algorithm, settings.batch_norm)
         seed = seed_for(settings.seed, -1, None, TRANSFORMS)
         self.wire = ServerCodec(Codec(settings.transforms, seed, self.model(), self.buffers()), device)
-        self.state: State = self.wire.start(self.algorithm.init_state(self.model()), self.algorithm.linear)
+        sums_blindly = self.algorithm.linear and not self.algorithm.asynchronous
+        self.state: State = self.wire.start(self.algorithm.init_state(self.model()), sums_blindly)
         dispatcher.bytes_down = dispatcher.bytes_up = num_bytes([self.model(), self.buffers()])
         self.store: ClientStore | None = None
         self.interrupted: Callable[[], bool] = lambda: False
@@ -123,7 +124,7 @@ class Federation:
         self.on_cohort([dispatch.client_id for dispatch in plan.dispatches])
         downloads = self._send(round, plan)
         tasks = self.dispatcher.tasks(plan, round)
-        partial, single, results = self._run_lanes(tasks)
+        partial, single, results = self._run_lanes(tasks, plan)
         results = self._gather(results, tasks, round)
         total = reduce_over_processes(partial, self.device)
         report = self._report(round, plan, results)
@@ -164,11 +165,12 @@ class Federation:
         return len(clients)
 
     def _run_lanes(
-        self, tasks: Sequence[ClientTask]
+        self, tasks: Sequence[ClientTask], plan: Plan
     ) -> tuple[PartialSum, dict[ClientId, Contribution], list[ClientResult]]:
         work = [self.dispatcher.estimated_work(task.client_id, task.work) for task in tasks]
         lanes = assign_waves([task.client_id for task in tasks], work, self.settings.num_lanes)
         by_id = {task.dispatch_id: task for task in tasks}
+        arrivals = self._arrivals(tasks, plan)
         merged = TreeSum()
         single: dict[ClientId, Contribution] = {}
         results: list[ClientResult] = []
@@ -181,6 +183,8 @@ class Federation:
                 for result in self.engine.session([tasks[position] for position in wave]):
                     results.append(result)
                     self._open(result, by_id[result.dispatch_id])
+                    if result.contribution is not None and result.dispatch_id in arrivals:
+                        result.contribution = self.algorithm.receive(result.contribution, arrivals[result.dispatch_id])
                     if result.failure is None and result.contribution is not None:
                         if self.algorithm.linear:
                             partial.add(result.contribution, result.metrics)
@@ -193,6 +197,15 @@ class Federation:
                         break
             merged.push(partial)
         return merged.total(), single, results
+
+    def _arrivals(self, tasks: Sequence[ClientTask], plan: Plan) -> dict[int, Arrival]:
+        if not self.algorithm.asynchronous:
+            return {}
+        now = {"model": self.model(), "buffers": self.buffers()}
+        return {
+            task.dispatch_id: Arrival(task.round - dispatch.version, task.broadcast, now)
+            for task, dispatch in zip(tasks, plan.dispatches, strict=True)
+        }
 
     def _open(self, result: ClientResult, task: ClientTask) -> None:
         """Decode a payload; one that cannot be is a bad update of its client, whose memory stays as it was."""

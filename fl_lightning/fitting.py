@@ -353,7 +353,8 @@ class FederatedFit:
         self._require_same_optimizer(saved)
         if saved["state"]:
             federation.state = on_device(saved["state"], federation.device)
-        federation.dispatcher.load_state_dict(saved)
+        versions = on_device(saved.get("versions", {}), federation.device)
+        federation.dispatcher.load_state_dict({**saved, "versions": versions})
         self.curves.join(saved["client_steps"])
         folders = old_folders(saved["folder"], self.trainer.ckpt_path)
         old = folders[0] if folders else None

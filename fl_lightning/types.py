@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 from torch import Tensor
 
 __all__ = [
+    "Arrival",
     "ClientId",
     "ClientTask",
     "ClientUpdate",
@@ -150,6 +151,21 @@ class Contribution:
 
     trees: dict[str, Tree] = field(default_factory=dict)
     scalars: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """When an update reached the server, seen from where its client had started.
+
+    Args:
+        staleness: rounds between the model that the client was sent and the one that the server has now.
+        sent: the broadcast that the client trained from.
+        now: what the server has now, as ``"model"`` and ``"buffers"``.
+    """
+
+    staleness: int = 0
+    sent: Mapping[str, Tree] = field(default_factory=dict)
+    now: Mapping[str, Tree] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -3,7 +3,9 @@
 from fl_lightning.algorithms.afl import AFL
 from fl_lightning.algorithms.apfl import APFL
 from fl_lightning.algorithms.base import Algorithm
+from fl_lightning.algorithms.fedasync import FedAsync
 from fl_lightning.algorithms.fedavg import FedAvg
+from fl_lightning.algorithms.fedbuff import FedBuff
 from fl_lightning.algorithms.feddyn import FedDyn
 from fl_lightning.algorithms.fednova import FedNova
 from fl_lightning.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
@@ -21,8 +23,10 @@ __all__ = [
     "Ditto",
     "FedAdagrad",
     "FedAdam",
+    "FedAsync",
     "FedAvg",
     "FedAvgM",
+    "FedBuff",
     "FedDyn",
     "FedNova",
     "FedPer",

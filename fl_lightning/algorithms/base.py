@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fl_lightning.tree import divided, scaled
-from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, Phase, Tree
+from fl_lightning.types import Arrival, ClientTask, ClientUpdate, Contribution, Memory, Phase, Tree
 
 if TYPE_CHECKING:
     from fl_lightning.algorithms.robust.cohort import Cohort
+    from fl_lightning.schedules.plan import Schedule
 
 __all__ = ["PERSONAL", "Algorithm", "OptimizerCallable", "SchedulerCallable", "State", "Weights", "assignment"]
 
@@ -51,6 +52,9 @@ class Algorithm:
 
     linear: bool = True
     """Whether the server needs only the sum of the contributions (robust rules need every one)."""
+
+    asynchronous: bool = False
+    """Whether the server looks at when an update arrived, so that it must know each one by itself."""
 
     @property
     def fewest_clients(self) -> int:
@@ -110,6 +114,14 @@ class Algorithm:
     def broadcast(self, state: State) -> Mapping[str, Tree]:
         """Return the trees that go to the clients beside ``"model"`` and ``"buffers"``."""
         return {}
+
+    def schedule(self) -> Schedule | None:
+        """Return who works when, if the algorithm itself decides that; ``None`` leaves it to the trainer."""
+        return None
+
+    def receive(self, contribution: Contribution, arrival: Arrival) -> Contribution:
+        """Return what of an update that arrived is added to the sum; its tensors stay unchanged."""
+        return contribution
 
     def apply(self, total: Contribution, state: State, num_clients: int) -> tuple[Tree, State]:
         """Turn the sum into the server optimizer's gradient.

@@ -1,5 +1,6 @@
 """Who works when: sampling of cohorts, and the lanes in which a cohort is added up."""
 
+from fl_lightning.schedules.buffered import BufferedSchedule
 from fl_lightning.schedules.lanes import assign_lanes, assign_waves, lanes_of_rank
 from fl_lightning.schedules.plan import Delivery, Dispatch, Occasion, Plan, Schedule, Timing
 from fl_lightning.schedules.samplers import (
@@ -13,6 +14,7 @@ from fl_lightning.schedules.sampling import Sampler, UniformSampler, cohort_size
 from fl_lightning.schedules.synchronous import SynchronousSchedule
 
 __all__ = [
+    "BufferedSchedule",
     "Delivery",
     "Dispatch",
     "FixedSampler",

@@ -20,8 +20,10 @@ from fl_lightning.algorithms import (
     Ditto,
     FedAdagrad,
     FedAdam,
+    FedAsync,
     FedAvg,
     FedAvgM,
+    FedBuff,
     FedDyn,
     FedNova,
     FedPer,
@@ -41,8 +43,10 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "FedAdagrad": FedAdagrad,
     "FedAdam": FedAdam,
     "FedAdam of torch": partial(FedAvg, partial(torch.optim.Adam, lr=0.01)),
+    "FedAsync": partial(FedAsync, 0.6),
     "FedAvg": FedAvg,
     "FedAvgM": partial(FedAvgM, 0.9, 0.5),
+    "FedBuff": partial(FedBuff, 2),
     "FedDyn": partial(FedDyn, 0.5),
     "FedNova": FedNova,
     "FedNova proximal": partial(FedNova, 0.5),
@@ -56,6 +60,11 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "Scaffold I": partial(Scaffold, "I"),
     "Scaffold II": partial(Scaffold, "II"),
 }
+
+
+def drawn(name: str, clients_per_round: int) -> dict[str, int]:
+    """Return the argument that draws a cohort; an asynchronous algorithm keeps clients at work instead."""
+    return {} if name in ("FedAsync", "FedBuff") else {"clients_per_round": clients_per_round}
 
 
 class Net(pl.LightningModule):

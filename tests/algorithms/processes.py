@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from algorithm_zoo import ALGORITHMS, Net, clients, weights
+from algorithm_zoo import ALGORITHMS, Net, clients, drawn, weights
 from quadratics import quiet_trainer
 
 if __name__ == "__main__":
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     for name, make in ALGORITHMS.items():
         pl.seed_everything(5, verbose=False)
         trainer = quiet_trainer(
-            algorithm=make(), max_rounds=3, clients_per_round=4, devices=processes, strategy="ddp", local_epochs=2
+            algorithm=make(), max_rounds=3, devices=processes, strategy="ddp", local_epochs=2, **drawn(name, 4)
         )
         module = Net()
         trainer.fit(module, clients((12, 20, 7, 9, 16)))

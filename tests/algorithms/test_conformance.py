@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from algorithm_zoo import ALGORITHMS, Net, Normalised, Still, clients, identical, weights
+from algorithm_zoo import ALGORITHMS, Net, Normalised, Still, clients, drawn, identical, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from quadratics import quiet_trainer
@@ -104,27 +104,25 @@ def test_frozen_parameters_and_batch_norm_behave(name: str) -> None:
     for key, value in after.items():
         assert torch.isfinite(value).all(), key
         assert torch.equal(value, before[key]) == (key in still), key
+    assert after["norm.num_batches_tracked"].dtype == torch.int64
+    assert (after["norm.running_var"] > 0).all()
+    if not drawn(name, 1):
+        return  # who is in a round is a matter of time
     # two epochs of 3, 5 and 2 batches (FedRep's head has three before), averaged by 12, 20 and 7 examples, in each of
     # three rounds
     epochs = 5 if name == "FedRep" else 2
-    assert after["norm.num_batches_tracked"].dtype == torch.int64
     total, tracked = 0, 0
     for _ in range(3):
         tracked = round((12 * (total + 3 * epochs) + 20 * (total + 5 * epochs) + 7 * (total + 2 * epochs)) / 39)
         total = tracked
     assert int(after["norm.num_batches_tracked"]) == tracked
-    assert (after["norm.running_var"] > 0).all()
 
 
 @every_algorithm
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name: str, tmp_path: Path) -> None:
     """With two of three clients a round, so that memory of absent clients must survive as well."""
     start = Net()
-    arguments: dict[str, Any] = {
-        "clients_per_round": 2,
-        "default_root_dir": str(tmp_path),
-        "enable_checkpointing": True,
-    }
+    arguments: dict[str, Any] = {"default_root_dir": str(tmp_path), "enable_checkpointing": True, **drawn(name, 2)}
     whole, seen = copy.deepcopy(start), Kept()
     train(ALGORITHMS[name](), whole, rounds=5, callbacks=[seen, no_checkpoint(tmp_path / "whole")], **arguments)
     saver = ModelCheckpoint(tmp_path / "half", filename="{epoch}", save_last=True)
