@@ -46,9 +46,17 @@ class Rule:
         """
         raise NotImplementedError(f"{type(self).__name__} must define holds(conditions).")
 
+    def verdicts(self, conditions: Conditions) -> tuple[NDArray[np.int64], list[str]]:
+        """Return for each device a number, and what the numbers mean: the last one, ``""``, is eligible.
+
+        The first rule that fails gives the reason.
+        """
+        return np.where(self.holds(conditions), 1, 0), [self.reason, ""]
+
     def refusals(self, conditions: Conditions) -> list[str]:
-        """Return for each device why it is refused, or ``""``; the first rule that fails gives the reason."""
-        return ["" if held else self.reason for held in self.holds(conditions).tolist()]
+        """Return for each device why it is refused, or ``""``."""
+        numbers, reasons = self.verdicts(conditions)
+        return [reasons[number] for number in numbers.tolist()]
 
     def __and__(self, other: Rule) -> AllOf:
         return AllOf([self, other])
@@ -78,12 +86,11 @@ class AllOf(Rule):
             held &= rule.holds(conditions)
         return held
 
-    def refusals(self, conditions: Conditions) -> list[str]:
-        first = np.full(len(conditions), len(self.rules))
+    def verdicts(self, conditions: Conditions) -> tuple[NDArray[np.int64], list[str]]:
+        first = np.full(len(conditions), len(self.rules), dtype=np.int64)
         for number in reversed(range(len(self.rules))):
             first[~self.rules[number].holds(conditions)] = number
-        reasons = [*(rule.reason for rule in self.rules), ""]
-        return [reasons[number] for number in first.tolist()]
+        return first, [*(rule.reason for rule in self.rules), ""]
 
 
 class Online(Rule):

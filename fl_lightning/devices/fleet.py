@@ -166,7 +166,7 @@ class DeviceFleet(Moments):
         return down, num_steps * self.examples_per_step / self.values("speed", client_ids, at), up
 
     def seconds(
-        self, client_id: ClientId, num_steps: float, num_bytes_down: int = 0, num_bytes_up: int = 0, at: float = 0.0
+        self, client_id: ClientId, num_steps: int, num_bytes_down: int = 0, num_bytes_up: int = 0, at: float = 0.0
     ) -> float:
         """Return how long one client takes from the broadcast to its report.
 

@@ -21,7 +21,7 @@ from fl_lightning.devices.trips import EMPTY, GAVE_UP, OFFLINE, Trips, send
 from fl_lightning.errors import MisconfigurationException, NotEnoughClientsError
 from fl_lightning.schedules.lanes import sort_key
 from fl_lightning.schedules.plan import Dispatch, Occasion, Plan, Schedule
-from fl_lightning.schedules.reasons import summary
+from fl_lightning.schedules.reasons import counted
 from fl_lightning.types import ClientId
 
 __all__ = ["ABANDONED", "LATE", "NOT_NEEDED", "DeviceRounds"]
@@ -29,8 +29,6 @@ __all__ = ["ABANDONED", "LATE", "NOT_NEEDED", "DeviceRounds"]
 LATE = "missed the deadline"
 NOT_NEEDED = "not needed"
 ABANDONED = "round abandoned"
-_NAMED = 1000
-"""Refused devices that a report names; the counts in its metrics are of all."""
 
 
 @dataclass(slots=True)
@@ -127,26 +125,30 @@ class DeviceRounds(Schedule):
 
     def plan(self, occasion: Occasion) -> Plan:
         fleet = _fleet_of(occasion)
-        begin, dropped, attempts = max(occasion.clock, self._not_before), {}, []
+        begin, attempts = max(occasion.clock, self._not_before), []
+        dropped: dict[ClientId, str] = {}
+        counts: Counter[str] = Counter()
         for attempt in range(self.retries + 1):
             start, selection = self._wait(occasion, fleet, begin, attempt)
             tried = self._try(occasion, fleet, selection.chosen, start, attempt)
             attempts.append(tried)
-            dropped.update(selection.refused)
-            dropped.update(tried.dropped)
+            enough = len(tried.accepted) >= self.required(occasion.size)
+            if not enough:
+                tried.dropped.update({tried.trips.client_ids[index]: ABANDONED for index in tried.accepted})
+            dropped = {**dropped, **selection.refused, **tried.dropped}
+            counts += selection.counts + Counter(tried.dropped.values())
             self._remember(fleet, tried)
             begin = tried.end
-            if len(tried.accepted) >= self.required(occasion.size):
+            if enough:
                 break
-            dropped.update({tried.trips.client_ids[index]: ABANDONED for index in tried.accepted})
         else:
             raise NotEnoughClientsError(
                 f"Round {occasion.round} needs {self.required(occasion.size)} reports and had {len(tried.accepted)} in "
-                f"the last of {self.retries + 1} attempts: {summary(dropped)}. Raise deadline or over_selection, lower "
+                f"the last of {self.retries + 1} attempts: {counted(counts)}. Raise deadline or over_selection, lower "
                 "min_reports, or use stragglers='partial'."
             )
         self._not_before = attempts[-1].trips.begin + self.pace_seconds
-        return self._as_plan(occasion, fleet, attempts, dropped)
+        return self._as_plan(occasion, fleet, attempts, dropped, counts)
 
     def _wait(self, occasion: Occasion, fleet: DeviceFleet, begin: float, attempt: int) -> tuple[float, Selection]:
         """Look for devices until enough are eligible; the clock goes on meanwhile."""
@@ -154,15 +156,17 @@ class DeviceRounds(Schedule):
         needed = min(self.required(occasion.size), occasion.size)
         wanted = min(self.invited(occasion.size), len(occasion.population.client_ids()))
         while True:
-            found = select(occasion, fleet, self.eligibility, self.participants, wanted, at, attempt, self.rest_seconds)
+            found = select(
+                occasion, fleet, self.eligibility, self.participants, wanted, at, attempt, self.rest_seconds, at > begin
+            )
             if len(found.chosen) >= needed:
                 return at, found
             at += self.wait_seconds
             if at - begin > self.max_wait_hours * 3600.0:
                 raise NotEnoughClientsError(
                     f"Round {occasion.round} needs {needed} eligible devices; {len(found.chosen)} of "
-                    f"{len(found.chosen) + len(found.refused)} that were asked are eligible after "
-                    f"{self.max_wait_hours:g} hours of waiting on the virtual clock ({summary(found.refused)}). Relax "
+                    f"{len(found.asked)} that were asked are eligible after "
+                    f"{self.max_wait_hours:g} hours of waiting on the virtual clock ({counted(found.counts)}). Relax "
                     "the eligibility, change the fleet, or raise max_wait_hours."
                 )
 
@@ -205,7 +209,12 @@ class DeviceRounds(Schedule):
             self.participants.worked(client_id, float(levels[index]), float(ended[index]), index in accepted)
 
     def _as_plan(
-        self, occasion: Occasion, fleet: DeviceFleet, attempts: list[_Attempt], dropped: dict[ClientId, str]
+        self,
+        occasion: Occasion,
+        fleet: DeviceFleet,
+        attempts: list[_Attempt],
+        dropped: dict[ClientId, str],
+        counts: Counter[str],
     ) -> Plan:
         last = attempts[-1]
         trips = last.trips
@@ -224,11 +233,11 @@ class DeviceRounds(Schedule):
         for dispatch in dispatches:
             dropped.pop(dispatch.client_id, None)
         sent = {client_id: None for tried in attempts for client_id in tried.trips.client_ids}
-        metrics = self._metrics(occasion, fleet, attempts, dropped)
+        metrics = self._metrics(occasion, fleet, attempts, counts)
         return Plan(
             dispatches,
             last.end,
-            dict(list(dropped.items())[-_NAMED:]),  # those that were sent work stand behind those that refused
+            dropped,
             downloads=tuple(sorted(sent, key=sort_key)),
             metrics=metrics,
         )
@@ -240,7 +249,7 @@ class DeviceRounds(Schedule):
         return [*found, GAVE_UP, OFFLINE, EMPTY, LATE, NOT_NEEDED, ABANDONED]
 
     def _metrics(
-        self, occasion: Occasion, fleet: DeviceFleet, attempts: list[_Attempt], dropped: Mapping[ClientId, str]
+        self, occasion: Occasion, fleet: DeviceFleet, attempts: list[_Attempt], counts: Counter[str]
     ) -> dict[str, float]:
         last = attempts[-1]
         watt_hours = 0.0
@@ -256,7 +265,6 @@ class DeviceRounds(Schedule):
             "devices/partial": float(sum(last.trips.works[index].partial for index in last.accepted)),
             **self.energy.metrics(watt_hours),
         }
-        counts = Counter(dropped.values())
         for reason in dict.fromkeys([*self._reasons(), *counts]):  # curves of reasons that are rare have zeros
             metrics[f"devices/dropped/{reason.replace(' ', '_')}"] = float(counts[reason])
         reporting = [last.trips.client_ids[index] for index in last.accepted]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fl_lightning.devices.draws import client_keys, uniforms
 from fl_lightning.devices.eligibility import Rule
@@ -15,8 +17,10 @@ from fl_lightning.devices.participants import Participants
 from fl_lightning.schedules.plan import Occasion
 from fl_lightning.types import ClientId
 
-__all__ = ["RESTING", "Selection", "select"]
+__all__ = ["NAMED", "RESTING", "Selection", "select"]
 
+NAMED = 1000
+"""Refused devices that a report names; its metrics count all."""
 RESTING = "worked recently"
 _WAVES = 64
 """A sampler that proposes nobody new so many times in a row has nobody else to propose."""
@@ -30,11 +34,28 @@ class Selection:
 
     Args:
         chosen: in the order of the draw.
-        refused: who was asked and may not work, with the reason.
+        refused: who was asked and may not work, with the reason; at most a thousand of them.
+        counts: how many were refused for each reason, all of them.
+        asked: everyone who was asked.
     """
 
     chosen: list[ClientId] = field(default_factory=list)
     refused: dict[ClientId, str] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    asked: set[ClientId] = field(default_factory=set)
+
+    def take(self, client_ids: Sequence[ClientId], numbers: NDArray[np.int64], reasons: list[str], wanted: int) -> None:
+        """Go through devices in their order until enough are chosen; the others were not asked."""
+        eligible = np.flatnonzero(numbers == len(reasons) - 1)
+        places = wanted - len(self.chosen)
+        asked = int(eligible[places - 1]) + 1 if len(eligible) >= places else len(client_ids)
+        self.chosen += [client_ids[index] for index in eligible[:places].tolist()]
+        self.asked.update(client_ids[:asked])
+        refused = np.flatnonzero(numbers[:asked] != len(reasons) - 1)
+        found = np.bincount(numbers[refused], minlength=len(reasons)).tolist()
+        self.counts.update({reason: count for reason, count in zip(reasons, found, strict=True) if count})
+        for index in refused[: max(0, NAMED - len(self.refused))].tolist():
+            self.refused[client_ids[index]] = reasons[numbers[index]]
 
 
 def select(
@@ -46,6 +67,7 @@ def select(
     at: float,
     attempt: int = 0,
     rest_seconds: float = 0.0,
+    everyone: bool = False,
 ) -> Selection:
     """Ask devices until some are found.
 
@@ -62,50 +84,45 @@ def select(
         at: seconds on the clock.
         attempt: further attempts of a round draw others.
         rest_seconds: how long a device is left alone after its last work.
+        everyone: ask in one wave, for when it is known that waves would not do.
     """
     found = Selection()
-    size, empty = wanted, 0
     num_clients = len(occasion.population.client_ids())
+    size, strangers = num_clients if everyone else wanted, 0
     for wave in range(num_clients + _WAVES):
         proposed = occasion.draw(min(size, num_clients), attempt * 1_000_000 + wave)
         if size >= num_clients:  # everyone, in the population's order: the places must still go by chance
             proposed = _shuffled(occasion, proposed, attempt)
-        known = {*found.refused, *found.chosen}
-        new = tuple(client_id for client_id in proposed if client_id not in known)
-        empty = 0 if new else empty + 1
-        for client_id, reason in zip(new, _refusals(fleet, rule, participants, new, at, rest_seconds), strict=True):
-            if len(found.chosen) == wanted:
-                return found
-            if reason:
-                found.refused[client_id] = reason
-            else:
-                found.chosen.append(client_id)
-        asked = len(found.chosen) + len(found.refused)
-        if len(found.chosen) == wanted or asked >= num_clients or size >= num_clients or empty > 2:
+        new = tuple(client_id for client_id in proposed if client_id not in found.asked)
+        strangers = 0 if new else strangers + 1
+        if new:
+            found.take(new, *_verdicts(fleet, rule, participants, new, at, rest_seconds), wanted)
+        asked = len(found.asked)
+        if len(found.chosen) == wanted or asked >= num_clients or size >= num_clients or strangers > 2:
             return found
         share = max(len(found.chosen) / max(asked, 1), _RAREST)
         size = asked + math.ceil((wanted - len(found.chosen)) / share)
-        if size > num_clients // 2:  # waves of strangers would now mostly meet each other
+        if size > num_clients // 4:  # waves of strangers would now mostly meet each other
             size = num_clients
     return found
 
 
-def _refusals(
+def _verdicts(
     fleet: DeviceFleet,
     rule: Rule,
     participants: Participants,
     client_ids: Sequence[ClientId],
     at: float,
     rest_seconds: float,
-) -> list[str]:
-    if not client_ids:
-        return []
-    reasons = rule.refusals(fleet.conditions(client_ids, at, participants))
-    if rest_seconds > 0:
-        levels, since = participants.levels(client_ids)
-        resting = ~np.isnan(levels) & (at - since < rest_seconds)
-        reasons = [reason or (RESTING if rests else "") for reason, rests in zip(reasons, resting, strict=True)]
-    return reasons
+) -> tuple[NDArray[np.int64], list[str]]:
+    numbers, reasons = rule.verdicts(fleet.conditions(client_ids, at, participants))
+    if rest_seconds <= 0:
+        return numbers, reasons
+    levels, since = participants.levels(client_ids)
+    resting = ~np.isnan(levels) & (at - since < rest_seconds)
+    last = len(reasons) - 1
+    # the number that meant eligible is the one of those that rest, and eligible has a new one
+    return np.where((numbers == last) & ~resting, last + 1, numbers), [*reasons[:-1], RESTING, ""]
 
 
 def _shuffled(occasion: Occasion, client_ids: Sequence[ClientId], attempt: int) -> list[ClientId]:

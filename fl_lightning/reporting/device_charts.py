@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from fl_lightning.data import ClientPopulation
 from fl_lightning.devices import DeviceClasses, DeviceFleet, DeviceRounds
 from fl_lightning.devices.classes import CLASSES
+from fl_lightning.devices.rounds import ABANDONED, LATE, NOT_NEEDED
+from fl_lightning.devices.trips import EMPTY, GAVE_UP, OFFLINE
 from fl_lightning.reporting.charts import RoundCharts
 from fl_lightning.types import ClientId, RoundReport
 
@@ -19,11 +21,13 @@ __all__ = ["DeviceCharts"]
 
 _LOOKED_AT = 999
 """Devices whose batteries stand for the population's, evenly over its ids."""
+_LOST = "|".join(reason.replace(" ", "_") for reason in (GAVE_UP, OFFLINE, EMPTY, LATE, NOT_NEEDED, ABANDONED))
 _SECTIONS: dict[str, dict[str, list[Any]]] = {
     "Devices": {
         "Reports: part of the slow, medium and fast third": ["Multiline", ["^devices/share/"]],
         "Sent work, and reported in time": ["Multiline", ["^devices/sent$", "^devices/reports$"]],
-        "Who was not there, and why": ["Multiline", ["^devices/dropped/"]],
+        "Sent work, and lost": ["Multiline", [f"^devices/dropped/({_LOST})$"]],
+        "Asked, and not eligible": ["Multiline", [f"^devices/dropped/(?!({_LOST})$)"]],
         "Battery when sent work: median, 10% to 90%": [
             "Margin",
             ["devices/battery/median", "devices/battery/p10", "devices/battery/p90"],

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from fl_lightning.types import ClientId, RoundReport
 
-__all__ = ["round_summary", "summary"]
+__all__ = ["counted", "round_summary", "summary"]
 
 _COUNTS = "devices/dropped/"
 
@@ -19,20 +19,21 @@ def summary(dropped: Mapping[ClientId, str]) -> str:
         >>> summary({1: "offline", 2: "low battery", 3: "low battery"})
         '2 low battery, 1 offline'
     """
-    return _line(Counter(dropped.values()))
+    return counted(Counter(dropped.values()))
 
 
 def round_summary(report: RoundReport) -> str:
     """Return a round's reasons; empty when everyone delivered."""
     # a report names a bounded number of the devices that a schedule asked, and its metrics count all of them
-    counted = {
+    by_reason = {
         name.removeprefix(_COUNTS).replace("_", " "): int(value)
         for name, value in report.metrics.items()
         if name.startswith(_COUNTS)
     }
-    return _line(Counter(counted)) if counted else summary(report.dropped)
+    return counted(Counter(by_reason)) if by_reason else summary(report.dropped)
 
 
-def _line(counts: Counter[str]) -> str:
+def counted(counts: Counter[str]) -> str:
+    """Return counts in one line, the largest first."""
     ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     return ", ".join(f"{count} {reason}" for reason, count in ordered if count)

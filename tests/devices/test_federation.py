@@ -14,11 +14,14 @@ import pytest
 import torch
 from devices_ddp import SAMPLERS, arguments
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from spine_zoo import QUIET, Classifier, ServedSites, assert_same_bits, sites, weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fl_lightning import DeviceFleet, FedAvg, FederatedTrainer
 from fl_lightning.devices import DeviceRounds
 from fl_lightning.errors import MisconfigurationException, NotEnoughClientsError
+from fl_lightning.schedules.reasons import round_summary
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory
 
 
@@ -165,3 +168,35 @@ def test_two_ranks_give_the_same_bits_as_one(tmp_path: Path) -> None:
         assert_same_bits(own, results[1][0][name])
     assert results[0][1] == results[1][1]
     assert any(report["dropped"] for report in results[0][1]["uniform"])
+
+
+def test_tensorboard_shows_the_fleet(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="run")
+    more = arguments(None) | {"logger": logger, "max_rounds": 3}
+    _, trainer = fitted(**more)
+    assert trainer.log_dir is not None
+    events = EventAccumulator(trainer.log_dir, size_guidance={"scalars": 0, "histograms": 0, "tensors": 0}).Reload()
+    tags = events.Tags()
+    assert {"devices/share/slow", "devices/battery/median", "devices/dropped/gave_up"} <= set(tags["scalars"])
+    report = trainer.round_history[-1]
+    hours = events.Histograms("devices/hour_of_reports")[-1].histogram_value
+    assert hours.num == sum(len(r.cohort) for r in trainer.round_history)
+    reports = events.Histograms("devices/reports_of_a_participant")[-1].histogram_value
+    assert (reports.num, reports.sum) == (report.metrics["devices/participants"], hours.num)
+    everyone = events.Histograms("devices/battery_of_everyone")[-1].histogram_value
+    assert everyone.num == 8
+    assert 0 <= everyone.min <= everyone.max <= 1
+    lost = {
+        event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("round/dropped/text_summary")
+    }
+    assert lost == {r.round: round_summary(r) for r in trainer.round_history if r.dropped}
+    assert lost
+    layout = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    assert b"Sent work, and lost" in layout
+
+
+def test_the_bar_says_who_was_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    names = list(sites(8))
+    fleet = DeviceFleet(battery_level=lambda client_id: 0.1 if client_id in names[:3] else 1.0)
+    fitted(clients_per_round=None, max_rounds=1, fleet=fleet, enable_progress_bar=True)
+    assert "dropped: 3 low battery" in capsys.readouterr().out

@@ -15,7 +15,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # single lines only
 PROGRAMS = (
     "README.md", "docs/index.md", "docs/data.md", "docs/metrics.md", "docs/reproducibility.md",
-    "docs/algorithms/personal.md",
+    "docs/algorithms/personal.md", "docs/devices.md",
 )  # fmt: skip
 
 
