@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from fl_lightning.after_round import evaluate, recalibrate
+from fl_lightning.asking import ask_losses
 from fl_lightning.data import ClientPopulation
 from fl_lightning.dispatching import Dispatcher, schedule_of
 from fl_lightning.federation import Federation, RoundOutcome
@@ -125,6 +127,7 @@ class FederatedFit:
             self.worker, federation.algorithm, local, self.population, federation.store, self.curves.wants
         )
         trainer.engine.start(half)
+        trainer.sampler.ask = partial(ask_losses, federation)
         if trainer.is_global_zero and self._restored is None:
             self.charts.partition(self.population.source)
 
@@ -133,6 +136,7 @@ class FederatedFit:
         self.trainer.engine.close()
         if self._federation is not None:
             self.trainer.client_memory = self._federation.store
+            self.trainer.sampler.ask = None
             self.curves.close()
             self._federation = None
 

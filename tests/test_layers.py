@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"engines"}),
     frozenset(
         {"trainer", "server", "reporting", "arguments", "federation", "fitting", "validation", "precision", "inputs"}
-        | {"after_round", "dispatching", "evaluating", "federation_settings", "personal_models", "resuming"}
+        | {"after_round", "asking", "dispatching", "evaluating", "federation_settings", "personal_models", "resuming"}
     ),
     frozenset({"cli", "__main__"}),
 )

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -109,7 +110,8 @@ def _loss(trainer: pl.Trainer, probe: pl.LightningModule, batch: Any, index: int
     batch = probe._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = probe._apply_batch_transfer_handler(batch, device=trainer.strategy.root_device, dataloader_idx=0)
     with trainer.precision_plugin.train_step_context():
-        output = probe.training_step(batch, index)
+        takes_index = is_param_in_hook_signature(probe.training_step, "batch_idx", min_args=2)
+        output = probe.training_step(*((batch, index) if takes_index else (batch,)))
     loss = output["loss"] if isinstance(output, dict) else output
     if loss is not None and not isinstance(loss, Tensor):
         raise MisconfigurationException(

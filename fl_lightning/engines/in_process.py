@@ -30,6 +30,10 @@ class Engine:
         """Measure running statistics of the broadcast model on clients' training data."""
         return self.client_half.recalibrate(tasks, names)
 
+    def start_losses(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientId, float | Failure]]:
+        """Measure the loss of the broadcast model on clients' training data."""
+        return self.client_half.start_losses(tasks)
+
     def close(self) -> None:
         """Release what the engine holds."""
 

@@ -5,6 +5,7 @@ It holds no reference to the server, so it runs in this process, in another one,
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -135,6 +136,17 @@ class ClientHalf:
         for task in tasks:
             buffers, size = self.lightning_loop.recalibrate(task, self.open_data(task), names)
             yield task.client_id, statistics_contribution(buffers, size)
+
+    def start_losses(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientId, float | Failure]]:
+        """Measure the loss of the broadcast model on the clients' training data; -inf for a client without any."""
+        for task in tasks:
+            try:
+                data, memory = self.open_data(task, validates=False), self.store.get(task.client_id)
+                yield task.client_id, self.lightning_loop.start_loss(task, data, memory)
+            except EmptyClientError:
+                yield task.client_id, -math.inf
+            except Exception as error:
+                yield task.client_id, _failure(error)
 
     def validation_loader(self, client_id: ClientId) -> Any:
         """Return the client's validation loader, or the share of the server's data that a partition gives it."""

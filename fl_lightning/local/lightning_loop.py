@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from fl_lightning.algorithms.base import PERSONAL, Algorithm
 from fl_lightning.callbacks.base import ClientCallback, GradientCorrection
+from fl_lightning.callbacks.start_pass import StartPass
 from fl_lightning.errors import EmptyClientError, MisconfigurationException
 from fl_lightning.local.client_state import load_optimizers, save_optimizers, scale_learning_rates
 from fl_lightning.local.client_trainer import ClientTrainer
@@ -175,6 +176,15 @@ class LightningLoop:
         with forked_rng(task.seed), quiet(), as_rank_zero(), alone():
             return ClientRun(self, task, data, memory, None).personal()
 
+    def start_loss(self, task: ClientTask, data: ClientData, memory: Memory) -> float:
+        """Return the loss of the broadcast model on a client's training data, as :class:`StartPass` defines it.
+
+        Raises:
+            EmptyClientError: when the client's loader gave no batch.
+        """
+        with forked_rng(task.seed), quiet(), as_rank_zero(), alone():
+            return ClientRun(self, task, data, memory, None, only=[StartPass()]).start_loss()
+
     def validate(self, task: ClientTask, dataloaders: Any, memory: Memory) -> MetricSums:
         """Evaluate the broadcast model on a client's own data and return the mergeable sums."""
         with forked_rng(task.seed), quiet(), as_rank_zero(), alone():
@@ -214,6 +224,8 @@ class ClientRun:
     logger: ClientLogger | None
     extra: dict[str, Any] = field(default_factory=dict)
     several: bool = False
+    only: Sequence[Callback] | None = None
+    """Callbacks that run instead of the user's and the algorithm's."""
 
     def phases(self) -> ClientUpdate:
         """Run the phases of the algorithm and return the update of the one that reports."""
@@ -242,6 +254,11 @@ class ClientRun:
         self.phase(phase, None)
         personal: Tree = self.extra[PERSONAL]
         return personal
+
+    def start_loss(self) -> float:
+        """Measure the loss at the start; nothing else comes of it."""
+        update, _ = self.phase(Phase("start loss", report=False), None)
+        return float(update.extra["start_loss"])
 
     def phase(self, phase: Phase, previous: Tree | None) -> tuple[ClientUpdate, Tree]:
         """Train once; return the update, and the parameters where the next phase may start from."""
@@ -296,8 +313,8 @@ class ClientRun:
 
     def callbacks(self, phase: Phase) -> list[Callback]:
         """Return this client's own copies of the callbacks."""
-        mine = list(self.loop.settings.callbacks)
-        if phase.callbacks == "algorithm":
+        mine = list(self.loop.settings.callbacks if self.only is None else self.only)
+        if phase.callbacks == "algorithm" and self.only is None:
             mine += self.loop.algorithm.client_callbacks()
         copies = [copy.deepcopy(callback) for callback in mine]
         for callback in copies:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -40,6 +40,9 @@ def cohort_size(clients_per_round: int | float | None, num_clients: int) -> int:
 
 class Sampler:
     """Chooses the cohort of a round. Subclasses are pure in ``(seed, round)`` and what :meth:`state_dict` returns."""
+
+    ask: Callable[[Sequence[ClientId], int], Mapping[ClientId, float]] | None = None
+    """While a federation runs: asks clients for the loss of the global model at the start of a round."""
 
     def cohort(self, population: Population, size: int, seed: int, round: int) -> list[ClientId]:
         """Return the ids of the clients that take part.

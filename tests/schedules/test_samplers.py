@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from fl_lightning import FederatedTrainer
 from fl_lightning.schedules import (
     FixedSampler,
     PoissonSampler,
@@ -153,3 +158,57 @@ def test_fixed_cohorts_name_clients_that_exist() -> None:
     with pytest.raises(MisconfigurationException, match=r"names \['1'\] in round 0.*the first is 1"):
         FixedSampler([["1"]]).cohort(Clients([1, 2]), 1, seed=0, round=0)
     assert FixedSampler([[999_999]]).cohort(Clients(range(10**6)), 1, seed=0, round=0) == [999_999]
+
+
+class Slope(pl.LightningModule):
+    """(x - e)^2 / 2 for the example e; takes no index of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(1))
+        self.drop = nn.Dropout(0.5)
+
+    def training_step(self, batch: Any) -> Tensor:
+        # the dropout is of no effect and draws numbers, which must not be missing in training
+        return ((self.x - batch[0]) ** 2).mean() / 2 + 0.0 * self.drop(self.x).sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.4)
+
+
+@pytest.mark.parametrize("loop", ["auto", "lightning"])
+def test_power_of_choice_asks_the_clients_and_disturbs_nothing(loop: Any) -> None:
+    optima = {"a": 0.0, "b": 1.0, "c": 4.0, "d": 5.0}
+    data = {
+        name: DataLoader(TensorDataset(torch.full((6,), e) + torch.arange(6) / 10), batch_size=2, shuffle=True)
+        for name, e in optima.items()
+    }
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet.update(accelerator="cpu", enable_checkpointing=False, max_rounds=4, clients_per_round=2, local_loop=loop)
+    x, expected = [0.0], []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            x.append(float(pl_module.x.detach()))
+
+    pl.seed_everything(1, verbose=False)
+    sampler = PowerOfChoiceSampler(4, by_size=False)
+    trainer = FederatedTrainer(sampler=sampler, callbacks=[Watch()], **quiet)
+    trainer.fit(module := Slope(), data)
+    cohorts = [sorted(report.cohort) for report in trainer.round_history]
+    for value in x[:-1]:
+        losses = {name: float(((value - loader.dataset.tensors[0]) ** 2).mean()) for name, loader in data.items()}
+        expected.append(sorted(sorted(losses, key=lambda name: -losses[name])[:2]))
+    assert cohorts == expected
+    assert len({tuple(cohort) for cohort in cohorts}) > 1
+    pl.seed_everything(1, verbose=False)
+    told = FederatedTrainer(sampler=FixedSampler(cohorts), **quiet)
+    told.fit(other := Slope(), data)
+    assert torch.equal(module.x, other.x)
+
+
+def test_power_of_choice_has_nobody_to_ask_outside_of_a_fit() -> None:
+    with pytest.raises(
+        MisconfigurationException, match=r"a running FederatedTrainer.fit.*loss=lambda"
+    ):
+        PowerOfChoiceSampler(2, by_size=False).cohort(Clients("abcd"), 1, seed=0, round=0)
