@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -31,7 +30,7 @@ from fl_lightning.reporting import ClientCurves, DeviceCharts, RoundCharts, Roun
 from fl_lightning.resuming import old_folders, on_device
 from fl_lightning.retention import Retention
 from fl_lightning.seeding import root_seed
-from fl_lightning.server import twin_of
+from fl_lightning.server import same_start, twin_of
 from fl_lightning.store import ClientStore
 from fl_lightning.traveling import Traveling, batch_norm_buffers
 from fl_lightning.types import ClientId, RoundReport
@@ -392,12 +391,3 @@ def log_values(module: pl.LightningModule, values: dict[str, float]) -> None:
         return  # it refuses `self.log`; the round's report has the values all the same
     for name, value in values.items():
         module.log(name, float(value), on_step=True, on_epoch=False, rank_zero_only=False, add_dataloader_idx=False)
-
-
-def same_start(module: pl.LightningModule) -> None:
-    """Give every process the first one's weights."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    with torch.no_grad():
-        for tensor in [*module.parameters(), *module.buffers()]:
-            dist.broadcast(tensor.detach(), src=0)

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.loops import _EvaluationLoop
 from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 
 from fl_lightning.metrics import alone
 
-__all__ = ["RoundBatch", "RoundLoader", "as_lightning", "evaluate_whole", "federated", "twin_of"]
+__all__ = ["RoundBatch", "RoundLoader", "as_lightning", "evaluate_whole", "federated", "same_start", "twin_of"]
 
 
 class RoundBatch:
@@ -258,3 +259,12 @@ def as_lightning(module: Any) -> Iterator[pl.LightningModule]:
         yield twin_of(module)
     finally:
         module.__class__ = user_class
+
+
+def same_start(module: pl.LightningModule) -> None:
+    """Give every process the first one's weights."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)

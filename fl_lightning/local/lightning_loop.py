@@ -7,13 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.data import extract_batch_size
 from torch.optim import Optimizer
 
 from fl_lightning.algorithms.base import PERSONAL, Algorithm
@@ -23,69 +21,17 @@ from fl_lightning.errors import EmptyClientError, MisconfigurationException
 from fl_lightning.local.client_state import load_optimizers, save_optimizers, scale_learning_rates
 from fl_lightning.local.client_trainer import ClientTrainer
 from fl_lightning.local.job import ClientData, Job, Outcome
+from fl_lightning.local.observers import EvaluationObserver, Observer, plain_optimizers
 from fl_lightning.local.quiet import as_rank_zero, quiet
 from fl_lightning.local.recalibration import reset_statistics
 from fl_lightning.local.recorder import ClientLogger, Record
 from fl_lightning.local.settings import LocalSettings
 from fl_lightning.local.worker import Worker, load_tensors, moved, read_tensors
-from fl_lightning.metrics import MetricSums, StepSums, alone, capture
+from fl_lightning.metrics import MetricSums, alone
 from fl_lightning.seeding import forked_rng, seed_for
 from fl_lightning.types import ClientTask, ClientUpdate, Memory, Phase, Tree
 
 __all__ = ["ClientRun", "LightningLoop"]
-
-
-class _Observer(Checkpoint):
-    """Counts steps and examples and takes the metrics of the last epoch.
-
-    It is a ``Checkpoint`` because Lightning runs those last: after the module's own ``on_train_epoch_end``, before the
-    results are reset.
-    """
-
-    def __init__(self, num_examples: int | None, log_every_n_steps: int) -> None:
-        self.num_steps = 0
-        self.num_batches = 0
-        self.num_examples = num_examples or 0
-        self.metrics: MetricSums | None = None
-        self._count_examples = num_examples is None
-        self._step_sums = StepSums()
-        self._handles: list[Any] = []
-        self._log_every = log_every_n_steps
-        self._logged_a_point = False
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        def stepped(*_: Any) -> None:
-            self.num_steps += 1
-
-        # a post hook runs for the steps that happened: a GradScaler skips the optimizer when a gradient overflowed
-        self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in _plain(trainer.optimizers)]
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.num_batches += 1
-        loop = trainer.fit_loop.epoch_loop
-        cast(ClientTrainer, trainer).log_every_n_steps = self._log_every
-        if (loop._batches_that_stepped + 1) % self._log_every == 0:
-            self._logged_a_point = True
-        elif loop.batch_progress.is_last_batch and not self._logged_a_point:
-            # every round leaves at least one point on the client's curve
-            self._logged_a_point = True
-            cast(ClientTrainer, trainer).log_every_n_steps = 1
-        if self._count_examples and trainer.current_epoch == 0:
-            self.num_examples += _num_examples(batch)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._step_sums.observe(trainer.fit_loop.epoch_loop._results)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.metrics = capture(trainer.fit_loop.epoch_loop._results, self._step_sums, self.num_examples)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 class LightningLoop:
@@ -148,7 +94,7 @@ class LightningLoop:
         """Return the running statistics that the broadcast model sees on a client's training data, and its size."""
         with forked_rng(task.seed), quiet(), as_rank_zero(), alone():
             self.worker.restore()
-            observer = _Observer(data.num_examples, self.trainer._log_every)
+            observer = Observer(data.num_examples, self.trainer._log_every)
             self.trainer.renew(1, None, [observer], None, 0)
 
             def prepare(module: torch.nn.Module) -> None:
@@ -189,7 +135,7 @@ class LightningLoop:
         """Evaluate the broadcast model on a client's own data and return the mergeable sums."""
         with forked_rng(task.seed), quiet(), as_rank_zero(), alone():
             self.worker.restore()
-            observer = _EvaluationObserver()
+            observer = EvaluationObserver()
             self.trainer.renew(1, None, [observer], None, 0)
             self.trainer.client_strategy.before_setup = lambda module: load_tensors(
                 module, _starting_trees(self.settings, task, memory)
@@ -197,20 +143,6 @@ class LightningLoop:
             self.trainer.client_strategy.after_optimizers = None
             self.trainer.validate_client(self.worker.module, dataloaders)
         return observer.metrics if observer.metrics is not None else MetricSums()
-
-
-class _EvaluationObserver(Checkpoint):
-    def __init__(self) -> None:
-        self.metrics: MetricSums | None = None
-        self._seen = 0
-
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._seen += _num_examples(batch)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.metrics = capture(trainer.validate_loop._results, StepSums(), self._seen)
 
 
 @dataclass(slots=True)
@@ -265,7 +197,7 @@ class ClientRun:
         loop, task = self.loop, self.task
         start = self.start(phase, previous)
         callbacks = self.callbacks(phase)
-        observer = _Observer(self.data.num_examples, loop.trainer._log_every)
+        observer = Observer(self.data.num_examples, loop.trainer._log_every)
         loop.worker.restore()
         module = loop.worker.module
         epochs, steps = task.work.epochs, task.work.steps
@@ -341,7 +273,7 @@ class ClientRun:
         if self.loop.settings.client_state == "keep" and phase.report:
             load_optimizers(optimizers, configs, self.memory.get("optimizers"), work.lr_factor)
 
-    def check_corrections(self, callbacks: Iterable[Callback], observer: _Observer) -> None:
+    def check_corrections(self, callbacks: Iterable[Callback], observer: Observer) -> None:
         """Raise when a correction never ran although optimizers stepped."""
         for callback in callbacks:
             if isinstance(callback, GradientCorrection) and observer.num_steps and not callback.num_corrections:
@@ -352,7 +284,7 @@ class ClientRun:
                 )
 
     def update(
-        self, module: pl.LightningModule, observer: _Observer, callbacks: Iterable[Callback], phase: Phase
+        self, module: pl.LightningModule, observer: Observer, callbacks: Iterable[Callback], phase: Phase
     ) -> ClientUpdate:
         loop, task, settings = self.loop, self.task, self.loop.settings
         for parameter in module.parameters():
@@ -362,7 +294,7 @@ class ClientRun:
             memory["local"] = read_tensors(module, settings.local_names)
         if settings.client_state == "keep" and phase.report:
             memory["optimizers"] = save_optimizers(
-                _plain(loop.trainer.optimizers), loop.trainer.lr_scheduler_configs, task.work.lr_factor
+                plain_optimizers(loop.trainer.optimizers), loop.trainer.lr_scheduler_configs, task.work.lr_factor
             )
         extra: dict[str, Any] = {}
         for callback in callbacks:
@@ -388,14 +320,3 @@ def _starting_trees(settings: LocalSettings, task: ClientTask, memory: Memory) -
     if "local" in memory:
         trees.append(memory["local"])
     return trees
-
-
-def _num_examples(batch: Any) -> int:
-    try:
-        return int(extract_batch_size(batch))
-    except MisconfigurationException:  # a batch without tensors counts as one example
-        return 1
-
-
-def _plain(optimizers: Iterable[Any]) -> list[Optimizer]:
-    return [getattr(optimizer, "_optimizer", optimizer) for optimizer in optimizers]

@@ -208,7 +208,5 @@ def test_power_of_choice_asks_the_clients_and_disturbs_nothing(loop: Any) -> Non
 
 
 def test_power_of_choice_has_nobody_to_ask_outside_of_a_fit() -> None:
-    with pytest.raises(
-        MisconfigurationException, match=r"a running FederatedTrainer.fit.*loss=lambda"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"a running FederatedTrainer.fit.*loss=lambda"):
         PowerOfChoiceSampler(2, by_size=False).cohort(Clients("abcd"), 1, seed=0, round=0)
