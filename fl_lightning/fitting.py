@@ -68,7 +68,7 @@ class FederatedFit:
         self._restored = goes_on
         self._outcome: RoundOutcome | None = None
         self._open_report: RoundReport | None = None
-        self._cut: tuple[int, dict[ClientId, int]] | None = None
+        self._cut: tuple[int, dict[ClientId, int], float] | None = None
         self._federation: Federation | None = None
         self._given_callbacks = {id(callback) for callback in trainer.callbacks}
 
@@ -247,6 +247,7 @@ class FederatedFit:
         self.trainer.round_history.append(report)
         if self.rounds is not None:
             self.rounds.append(report)
+            self.charts.over_time(report)
 
     def _client_ended(self, client_id: ClientId, done: int, total: int, num_examples: int) -> None:
         self._notify("on_client_end", client_id, done, total, num_examples)
@@ -380,7 +381,7 @@ class FederatedFit:
                 self.rounds.continue_from(source, offset, digest)
                 history = self.rounds.read()
             if old is not None and old.resolve() == folder.resolve():
-                self._cut = saved["round"], saved["client_steps"]
+                self._cut = saved["round"], saved["client_steps"], saved.get("clock", 0.0)
         self.trainer.round_history[:] = self.trainer.strategy.broadcast(history)
         rank_zero_info(f"Going on with round {saved['round']}.")
 

@@ -16,6 +16,7 @@ from fl_lightning.errors import MisconfigurationException
 from fl_lightning.local.recorder import Record, scalar_of
 from fl_lightning.metrics import higher_is_better, spread
 from fl_lightning.reporting.client_curves import is_logger
+from fl_lightning.reporting.simulated_time import write_over_time
 from fl_lightning.schedules.reasons import round_summary
 from fl_lightning.types import ClientId, RoundReport
 
@@ -153,6 +154,10 @@ class RoundCharts:
         layout = client_layout(self._in_layout) if self._in_layout else {}
         for writer in self.writers():
             writer.add_custom_scalars({**self._sections, **layout})
+
+    def over_time(self, report: RoundReport) -> None:
+        """Add the values of a round, which is complete, to the run over virtual time."""
+        write_over_time(self._loggers, report)
 
     def partition(self, source: Any) -> None:
         """Add the picture of who has which labels, if the data know their labels and matplotlib is installed.

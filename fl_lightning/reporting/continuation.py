@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from fl_lightning.reporting.client_curves import is_logger, tensorboard_dir
 from fl_lightning.reporting.client_names import safe_name
 from fl_lightning.reporting.csv_history import cut_csv
+from fl_lightning.reporting.simulated_time import SIMULATED_TIME, cut_after
 from fl_lightning.reporting.versions import folders, keeps_versions
 from fl_lightning.types import ClientId
 
@@ -34,7 +35,7 @@ def flush_logs(loggers: Sequence[Logger]) -> None:
             logger.save()
 
 
-def cut_logs(loggers: Sequence[Logger], round: int, client_steps: Mapping[ClientId, int]) -> None:
+def cut_logs(loggers: Sequence[Logger], round: int, client_steps: Mapping[ClientId, int], clock: float = 0.0) -> None:
     """Remove from all logs what was logged after the checkpoint that a fit resumes from.
 
     To be called on rank zero, after Lightning logged the hyperparameters again (``on_fit_start`` or later) and before
@@ -45,12 +46,14 @@ def cut_logs(loggers: Sequence[Logger], round: int, client_steps: Mapping[Client
         round: the round that comes next, as the checkpoint says: the server's points at this step and later go.
         client_steps: optimizer steps of each client in the checkpoint: a client's points at its step and later go, all
             of them if it is not named.
+        clock: seconds on the virtual clock in the checkpoint.
     """
     flush_logs(loggers)
     for logger in loggers:
         folder = tensorboard_dir(logger)
         if folder is not None:
             _truncate_run(folder, round, client_steps)
+            cut_after(folder / SIMULATED_TIME, round, clock)
         elif is_logger(logger, "CSVLogger"):
             steps = {safe_name(client_id): step for client_id, step in client_steps.items()}
             cut_csv(logger, partial(_row_stays, round=round, client_steps=steps, prefix=_prefix(logger)))
@@ -104,7 +107,7 @@ def _truncate_run(folder: Path, round: int, client_steps: Mapping[ClientId, int]
 
 def _subfolders(folder: Path) -> Iterator[str]:
     for child in folders(folder):
-        if child.name not in ("clients", "checkpoints"):
+        if child.name not in ("clients", "checkpoints", SIMULATED_TIME):
             yield from (parent for parent, _, _ in os.walk(child))
 
 

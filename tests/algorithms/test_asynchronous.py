@@ -13,8 +13,10 @@ import pytest
 import torch
 from algorithm_zoo import Net, clients, identical, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from quadratics import quiet_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -315,6 +317,33 @@ def test_only_versions_in_flight_are_kept() -> None:
 
     train(FedBuff(2), 15, local_steps=1, fleet=Fleet(), callbacks=[Watch()])
     assert max(seen) > 2
+
+
+def test_values_are_drawn_over_virtual_time_and_a_resume_doubles_no_point(tmp_path: Path) -> None:
+    def run(rounds: int, **fit: Any) -> Any:
+        logger = TensorBoardLogger(tmp_path, name="run", version=0, default_hp_metric=False)
+        saver = ModelCheckpoint(tmp_path / "run" / "version_0" / "checkpoints", save_top_k=-1, filename="{epoch}")
+        pl.seed_everything(5, verbose=False)
+        trainer = quiet_trainer(
+            algorithm=FedBuff(1), max_rounds=rounds, local_steps=2, logger=logger, callbacks=[saver],
+            enable_checkpointing=True,
+        )  # fmt: skip
+        trainer.fit(Net(), whole_batches(), **fit)
+        return trainer
+
+    run(8)
+    whole = run(12, ckpt_path=tmp_path / "run" / "version_0" / "checkpoints" / "epoch=4.ckpt")
+    found = EventAccumulator(str(tmp_path / "run" / "version_0" / "simulated_time"))
+    found.Reload()
+    expected = [(round(r.metrics["simulated_seconds"]), r.metrics["train_loss"]) for r in whole.round_history]
+    # everyone takes two seconds, so five rounds are complete at every moment
+    assert [step for step, _ in expected] == [2] * 5 + [4] * 5 + [6] * 2
+    assert [e.step for e in found.Scalars("train_loss")] == [step for step, _ in expected]
+    assert [e.value for e in found.Scalars("train_loss")] == pytest.approx([loss for _, loss in expected])
+    assert {"staleness/mean", "staleness/max"} <= set(found.Tags()["scalars"])
+    server = EventAccumulator(str(tmp_path / "run" / "version_0"))
+    server.Reload()
+    assert [e.step for e in server.Scalars("simulated_seconds")] == list(range(12))
 
 
 def test_fast_dev_run_is_a_small_rehearsal() -> None:
