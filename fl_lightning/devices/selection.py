@@ -91,7 +91,8 @@ def select(
     size, strangers = num_clients if everyone else wanted, 0
     for wave in range(num_clients + _WAVES):
         proposed = occasion.draw(min(size, num_clients), attempt * 1_000_000 + wave)
-        if size >= num_clients:  # everyone, in the population's order: the places must still go by chance
+        if size >= num_clients and proposed == list(occasion.population.client_ids()):
+            # everyone, in the population's order and no sampler's: the places must still go by chance
             proposed = _shuffled(occasion, proposed, attempt)
         new = tuple(client_id for client_id in proposed if client_id not in found.asked)
         strangers = 0 if new else strangers + 1

@@ -317,6 +317,15 @@ def test_a_fixed_cohort_has_nobody_else_to_ask() -> None:
     assert plan.dropped == {"b": "low battery"}
 
 
+def test_a_sampler_that_ranks_decides_among_the_few_that_are_eligible() -> None:
+    fleet = DeviceFleet(battery_level=lambda c: 1.0 if c % 20 == 0 else 0.1)
+    sampler = FairSampler()
+    taught(sampler, dict.fromkeys((0, 20, 60), 1.0), lambda c: 1.0)
+    for round in range(10):
+        plan = DeviceRounds().plan(occasion(fleet, range(100), 2, round=round, sampler=sampler))
+        assert [d.client_id for d in plan.dispatches] == [40, 80]
+
+
 # ---- samplers that learn ---------------------------------------------------------------------------------------------
 
 
