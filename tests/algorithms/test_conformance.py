@@ -42,7 +42,9 @@ def train(
     algorithm: Algorithm, module: pl.LightningModule, rounds: int = 3, data: Any = None, **arguments: Any
 ) -> pl.LightningModule:
     pl.seed_everything(5, verbose=False)
-    trainer = quiet_trainer(algorithm=algorithm, max_rounds=rounds, local_epochs=2, **arguments)
+    if "local_steps" not in arguments:
+        arguments["local_epochs"] = 2
+    trainer = quiet_trainer(algorithm=algorithm, max_rounds=rounds, **arguments)
     trainer.fit(module, data if data is not None else clients())
     return module
 
