@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fl_lightning.data import ClientPopulation
 from fl_lightning.devices import DeviceFleet, DeviceRounds
@@ -67,6 +68,11 @@ def check_schedule(settings: FederationSettings, fleet: Any, sampler: Any, sched
         )
     if settings.algorithm.schedule() is not None:
         _check_asynchronous(settings, sampler, schedule)
+        if isinstance(fleet, DeviceFleet):
+            rank_zero_info(
+                f"{type(settings.algorithm).__name__} asks the fleet how long clients take, and not whether they are "
+                "online, charged or eligible: nobody is refused and nobody drops out."
+            )
 
 
 def _check_asynchronous(settings: FederationSettings, sampler: Any, schedule: Any) -> None:

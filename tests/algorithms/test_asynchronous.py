@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from fl_lightning import ErrorFeedback, FedAsync, FedAvg, FedBuff, RandomK, TopK
+from fl_lightning import DeviceFleet, ErrorFeedback, FedAsync, FedAvg, FedBuff, RandomK, TopK
 from fl_lightning.schedules import BufferedSchedule, Occasion, Plan, UniformSampler
 from fl_lightning.types import Arrival, Contribution, Work
 
@@ -382,6 +382,17 @@ def test_fast_dev_run_is_a_small_rehearsal() -> None:
 def test_what_cannot_be_meant_is_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         make()
+
+
+def test_a_fleet_of_devices_tells_the_time_and_says_that_it_tells_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    fleet = DeviceFleet(speed=lambda client_id: 1.0 / SECONDS[client_id])
+    with caplog.at_level("INFO"):
+        trainer, _ = train(FedBuff(1), 4, local_steps=2, fleet=fleet)
+    assert "not whether they are online" in caplog.text
+    # steps are twice as long as the table says, and the network adds its part
+    assert [report.cohort for report in trainer.round_history][:2] == [["site-4"], ["site-0"]]
+    first = trainer.round_history[0].metrics["simulated_seconds"]
+    assert 2 * SECONDS["site-4"] <= first < 2 * SECONDS["site-4"] + 1.0
 
 
 def test_running_statistics_are_a_mean_of_fresh_and_old_ones() -> None:
