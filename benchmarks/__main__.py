@@ -1,12 +1,17 @@
-"""``python -m benchmarks``: the table of docs/performance.md; ``--help`` lists what else is measured."""
+"""``python -m benchmarks``: the table of docs/performance.md; ``--help`` lists what else is measured.
+
+``python -m benchmarks compression`` measures encoding and decoding; ``python -m benchmarks.papers`` reproduces papers.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
+from benchmarks import compression
 from benchmarks.by_hand import by_hand
 from benchmarks.contenders import Contender
 from benchmarks.leanest import leanest
@@ -30,7 +35,9 @@ def main() -> None:
 
 
 def _parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workloads", nargs="+", choices=sorted(WORKLOADS), default=["W1", "W2", "W3", "W4"])
     parser.add_argument("--loops", nargs="*", choices=sorted(LOOPS), default=list(LOOPS))
     parser.add_argument("--turns", type=int, default=5, help="alternating runs of every contender")
@@ -41,4 +48,7 @@ def _parsed() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["compression"]:
+        compression.main(sys.argv[2:])
+    else:
+        main()

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.papers import fedbuff, heart, mnist, quadratics, synthetic
+from benchmarks.papers import compression, fedbuff, heart, mnist, quadratics, synthetic
 from benchmarks.papers.rows import Row, finished, print_table, write_rows
 from benchmarks.papers.training import silence
 
@@ -16,6 +16,7 @@ EXPERIMENTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "fedbuff": fedbuff.run,
     "heart": heart.run,
     "mnist": mnist.run,
+    "compression": compression.run,
 }
 
 
@@ -41,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     heart.add_arguments(commands.add_parser("heart", parents=[common], help="FLamby's Fed-Heart-Disease"))
     mnist.add_arguments(commands.add_parser("mnist", parents=[common], help="FedAvg's rounds to an accuracy"))
     fedbuff.add_arguments(commands.add_parser("fedbuff", parents=[common], help="FedBuff's time to an accuracy"))
+    compression.add_arguments(
+        commands.add_parser("compression", parents=[common], help="upload bytes to an accuracy, with and without")
+    )
     return found
 
 

@@ -31,6 +31,7 @@ class _ClientResult(Protocol):
 
     client_id: ClientId
     num_examples: int
+    num_bytes_up: int
     update_norm: float
     records: list[Record]
 
@@ -101,10 +102,10 @@ class RoundCharts:
         self._sections: dict[str, dict[str, list[Any]]] = {}
 
     def round(self, report: RoundReport, results: Iterable[_ClientResult]) -> None:
-        """Add the round's histograms over clients.
+        """Add the round's histograms over clients, and ``num_bytes/up`` and ``num_bytes/down`` of the whole cohort.
 
-        ``round/update_norm`` and ``round/num_examples`` are over all clients of the cohort; ``round/<name>`` over those
-        whose curves are kept, each with the last value that it logged in this round.
+        ``round/update_norm``, ``round/num_examples`` and ``round/num_bytes_up``, a client's upload, are over all
+        clients of the cohort; ``round/<name>`` over those whose curves are kept, each with its last value.
 
         Args:
             report: the round's report; only clients of its cohort are drawn.
@@ -115,18 +116,21 @@ class RoundCharts:
         cohort = set(report.cohort)
         norms: dict[ClientId, float] = {}
         sizes: dict[ClientId, float] = {}
+        uploads: dict[ClientId, float] = {}
         last: dict[str, dict[ClientId, float]] = {}
         for result in results:
             if result.client_id not in cohort:
                 continue
             norms[result.client_id] = result.update_norm
             sizes[result.client_id] = result.num_examples
+            uploads[result.client_id] = result.num_bytes_up
             for name, value, _ in filter(None, map(scalar_of, result.records)):
                 last.setdefault(f"round/{name}", {})[result.client_id] = value
         for writer in self.writers():
-            add_client_histograms(
-                writer, report.round, {**last, "round/update_norm": norms, "round/num_examples": sizes}
-            )
+            over_cohort = {"round/update_norm": norms, "round/num_examples": sizes, "round/num_bytes_up": uploads}
+            add_client_histograms(writer, report.round, {**last, **over_cohort})
+            writer.add_scalar("num_bytes/up", report.num_bytes_up, report.round)
+            writer.add_scalar("num_bytes/down", report.num_bytes_down, report.round)
             if report.dropped:
                 writer.add_text("round/dropped", round_summary(report), report.round)
 

@@ -18,7 +18,7 @@ __all__ = ["PowerSGD"]
 
 
 class PowerSGD(TreeTransform):
-    r"""Sends two thin matrices for each tensor of two or more dimensions: one step of subspace iteration.
+    r"""Sends two thin matrices for each tensor of two or more dimensions, found by subspace iteration.
 
     .. math:: P = \operatorname{orth}(M Q_{t-1}), \qquad Q_t = M^\top P, \qquad C(M) = P Q_t^\top, \qquad
         \lVert M - C(M) \rVert^2 = \lVert M \rVert^2 - \lVert Q_t \rVert^2
@@ -29,9 +29,11 @@ class PowerSGD(TreeTransform):
 
     Args:
         rank: columns of the thin matrices, >= 1.
+        iterations: steps of subspace iteration in each encoding, >= 1. More of them come closer to the best matrix of
+            that rank at no more bytes, which pays where clients are chosen seldom and their subspace is an old one.
 
     Raises:
-        MisconfigurationException: for a rank below 1.
+        MisconfigurationException: for a rank or a number of iterations below 1.
 
     Example:
         >>> transform, exchange = PowerSGD(rank=1), Exchange(seed=0, round=0)
@@ -47,10 +49,11 @@ class PowerSGD(TreeTransform):
         algorithm 1. There :math:`P` is averaged between the two products; here each client finishes its own.
     """
 
-    def __init__(self, rank: int = 2) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise MisconfigurationException(f"PowerSGD expected rank to be an integer >= 1, got {rank!r}.")
-        self.rank = rank
+    def __init__(self, rank: int = 2, iterations: int = 1) -> None:
+        for name, value in (("rank", rank), ("iterations", iterations)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise MisconfigurationException(f"PowerSGD expected {name} to be an integer >= 1, got {value!r}.")
+        self.rank, self.iterations = rank, iterations
 
     def output_tree(self, template: Tree) -> Tree:
         opened: dict[str, Tensor] = {}
@@ -75,8 +78,10 @@ class PowerSGD(TreeTransform):
             start = memory.get(name)
             if start is None or not bool(start.any()):  # after an update of zero there is no subspace to go on with
                 start = self._start(matrix.shape[1], draws)
-            basis = torch.linalg.qr(matrix @ start.to(matrix)).Q
-            factor = matrix.T @ basis
+            factor = start.to(matrix)
+            for _ in range(self.iterations):
+                basis = torch.linalg.qr(matrix @ factor).Q
+                factor = matrix.T @ basis
             opened[f"{name}#p"], opened[f"{name}#q"] = basis, factor
             kept[name] = factor
         return opened, None, kept or None

@@ -260,16 +260,20 @@ class Cast(TreeTransform):
     def encode_tree(self, tree: Tree, exchange: Exchange, memory: Memory) -> tuple[Tree, Any, Memory | None]:
         kind = getattr(torch, self.dtype)
         exponents = np.zeros(len(tree), np.int16)
-        narrow = []
+        narrow, place = torch.empty(num_elements(tree), dtype=kind), 0
         for index, tensor in enumerate(tree.values()):
             value = tensor.detach().reshape(-1).cpu()
             if self.dtype != "bfloat16" and value.numel():
                 largest = float(torch.linalg.vector_norm(value, ord=float("inf")))
                 # largest / 2**exponent is in [1, 2); a power beyond these has no finite inverse in float32
                 exponents[index] = min(max(int(np.frexp(largest)[1]) - 1, -120), 127)
-                value = value * 2.0 ** -int(exponents[index])
-            narrow.append(value.to(kind))
-        return {}, [torch.cat(narrow), torch.from_numpy(exponents)], None
+            for begin in range(0, value.numel(), CHUNK):
+                piece = value[begin : begin + CHUNK]
+                narrow[place : place + len(piece)] = (
+                    piece * 2.0 ** -int(exponents[index]) if exponents[index] else piece
+                )
+                place += len(piece)
+        return {}, [narrow, torch.from_numpy(exponents)], None
 
     def decode_tree(self, opened: Tree, sealed: Any, exchange: Exchange, template: Tree) -> Tree:
         kind, num = getattr(torch, self.dtype), num_elements(template)
@@ -281,7 +285,7 @@ class Cast(TreeTransform):
         tree, place = {}, 0
         for exponent, (name, like) in zip(exponents, template.items(), strict=True):
             value = narrow[place : place + like.numel()].to(like.dtype).reshape(like.shape)
-            tree[name] = value * 2.0 ** int(exponent) if exponent else value
+            tree[name] = value.mul_(2.0 ** int(exponent)) if exponent else value
             place += like.numel()
         return tree
 

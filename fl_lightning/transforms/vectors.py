@@ -66,9 +66,9 @@ def scattered(values: Array, indices: Array, template: Tree) -> dict[str, Tensor
     tree, place = {}, 0
     for name, like in template.items():
         low, high = np.searchsorted(indices, (place, place + like.numel()))
-        dense = torch.zeros(like.shape, dtype=like.dtype)
-        dense.view(-1)[torch.from_numpy(indices[low:high] - place)] = torch.from_numpy(values[low:high]).to(like.dtype)
-        tree[name] = dense
+        dense = torch.zeros(like.numel(), dtype=torch.from_numpy(values[:0]).dtype)
+        dense.numpy()[indices[low:high] - place] = values[low:high]  # several times as fast as torch's own
+        tree[name] = dense.reshape(like.shape).to(like.dtype)
         place += like.numel()
     return tree
 

@@ -27,6 +27,7 @@ class Result:
     num_examples: int
     update_norm: float
     records: list[Any] = field(default_factory=list)
+    num_bytes_up: int = 7
 
 
 class Source:
@@ -54,12 +55,17 @@ def values(raw_events: Callable[..., Any]) -> Callable[[TensorBoardLogger], list
 
 def test_a_round_s_histograms_hold_the_cohort(logger: TensorBoardLogger, values: Callable[..., Any]) -> None:
     loss = [("add_scalar", ("loss", value, step), {}) for step, value in enumerate((9.0, 0.25))]
-    results = [Result("a", 10, 0.5, loss), Result("b", 30, 1.5), Result("late", 1000, 99.0, loss)]
-    RoundCharts([logger]).round(RoundReport(round=4, cohort=["a", "b"]), results)
-    histograms = {value.tag: value.histo for step, value in values(logger) if step == 4}
+    results = [Result("a", 10, 0.5, loss), Result("b", 30, 1.5, num_bytes_up=9), Result("late", 1000, 99.0, loss)]
+    report = RoundReport(round=4, cohort=["a", "b"], num_bytes_up=16, num_bytes_down=50)
+    RoundCharts([logger]).round(report, results)
+    found = [value for step, value in values(logger) if step == 4]
+    histograms = {value.tag: value.histo for value in found if value.HasField("histo")}
+    scalars = {v.tag: v.simple_value or v.tensor.float_val[0] for v in found if not v.HasField("histo")}
+    assert scalars == {"num_bytes/up": 16.0, "num_bytes/down": 50.0}
     assert {tag: (h.num, h.sum, h.min, h.max) for tag, h in histograms.items()} == {
         "round/update_norm": (2, 2.0, 0.5, 1.5),
         "round/num_examples": (2, 40.0, 10.0, 30.0),
+        "round/num_bytes_up": (2, 16.0, 7.0, 9.0),
         "round/loss": (1, 0.25, 0.25, 0.25),  # the last value of the round
     }
 

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_lightning.algorithms import FedAvg
+from fl_lightning.transforms import Codec
+from fl_lightning.tree import num_bytes
+from fl_lightning.types import ClientTask, Contribution
+from fl_lightning.wire import pack
 
 
 def trained_alone(start: nn.Module, forward: Any, data: Any, lr: float = 0.1) -> nn.Module:
@@ -121,7 +125,16 @@ class Frozen(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def test_frozen_parameters_and_other_buffers_are_neither_sent_nor_averaged() -> None:
+def test_frozen_parameters_and_other_buffers_are_neither_sent_nor_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    original = Codec.size
+
+    def watched(self: Codec, contribution: Contribution, task: ClientTask) -> int:
+        assert num_bytes(contribution.trees.values()) == 4 * (8 * 3 + 3 + 3)  # the tied weight once, two biases
+        written.append(len(self.encode(contribution, task, {})[0]))
+        return original(self, contribution, task)
+
+    monkeypatch.setattr(Codec, "size", watched)
     module = Frozen()
     before = weights(module)
     trainer = fit_federated(module, sites(3), max_rounds=2)
@@ -130,11 +143,10 @@ def test_frozen_parameters_and_other_buffers_are_neither_sent_nor_averaged() -> 
     assert same == {"backbone.weight", "backbone.bias", "table", "scale", "flag"}
     assert torch.equal(after["again.weight"], after["net.0.weight"])
     assert module.again.weight is module.net[0].weight
-    sent = 8 * 3 + 3 + 3  # the tied weight once, two biases
-    header = 600  # most that the names, shapes and scalars of one client's payload take
-    for report in trainer.round_history:
-        assert 3 * 4 * sent <= report.num_bytes_up <= 3 * (4 * sent + header)
-        assert 3 * 4 * sent <= report.num_bytes_down <= 3 * (4 * sent + header)
+    assert [report.num_bytes_up for report in trainer.round_history] == [sum(written[:3]), sum(written[3:])]
+    model = {name: after[name] for name in ("net.0.weight", "net.0.bias", "again.bias")}
+    down = 3 * len(pack({"model": model, "buffers": {}}))
+    assert [report.num_bytes_down for report in trainer.round_history] == [down] * 2
 
 
 def test_tied_weights_train_as_in_plain_torch() -> None:

@@ -53,6 +53,7 @@ def test_how_many_elements(kind: Any, arguments: dict[str, Any], message: str) -
         (lambda: Eden(5), r"Eden expected bits to be an integer from 1 to 4, got 5.*Quantize"),
         (lambda: Cast("int8"), r"Cast expected dtype to be one of .*, got 'int8'"),
         (lambda: PowerSGD(0), r"PowerSGD expected rank to be an integer >= 1, got 0"),
+        (lambda: PowerSGD(2, iterations=0), r"PowerSGD expected iterations to be an integer >= 1, got 0"),
         (lambda: ErrorFeedback(0.1), r"ErrorFeedback expected a transform, got 0.1\. Write ErrorFeedback\(TopK"),  # type: ignore[arg-type]
         (lambda: ErrorFeedback(ErrorFeedback(TopK(0.1))), r"leave one out"),
         (lambda: ErrorFeedback(chain(ErrorFeedback(TopK(0.1)))), r"leave one out"),

@@ -222,6 +222,16 @@ def test_low_rank_turns_to_the_singular_vectors() -> None:
     assert torch.linalg.matrix_rank(sent) == 2
 
 
+def test_more_iterations_come_closer_to_the_best_matrix_of_that_rank() -> None:
+    """One encoding without memory, against torch's singular values; the payload has the same tensors."""
+    x = torch.randn(40, 30, generator=torch.Generator().manual_seed(1)) @ torch.diag(0.8 ** torch.arange(30.0))
+    best = float((torch.linalg.svdvals(x)[3:] ** 2).sum())
+    errors = [float((x - vector(PowerSGD(3, iterations=n), x)).norm() ** 2) for n in (1, 2, 20)]
+    assert errors[0] > 1.1 * errors[1]
+    assert errors[1] > errors[2]
+    assert errors[2] == pytest.approx(best, rel=1e-3)
+
+
 @pytest.mark.parametrize("neutral", [chain(), TopK(1.0), RandomK(1.0), TopK(1.0, per_tensor=True), PowerSGD(50)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_neutral_transforms_change_no_bit(neutral: Transform, dtype: torch.dtype) -> None:
