@@ -147,7 +147,7 @@ class Dispatcher:
             self._committed = self._state()
         available = len(self.population.client_ids())
         require_enough(available, self.settings.min_clients, round)
-        size = cohort_size(self.settings.clients_per_round, available)
+        size = cohort_size(self._wanted(round, available), available)
         if at_most is not None:
             at_most = max(at_most, self.settings.algorithm.fewest_clients)
             size = min(size, at_most)
@@ -173,6 +173,11 @@ class Dispatcher:
         self.num_dispatched = max(self.num_dispatched, 1 + max(used, default=-1))
         self.clock = plan.finished_at
         return plan
+
+    def _wanted(self, round: int, available: int) -> int | float | None:
+        wanted = self.settings.clients_per_round
+        # more than exist is a mistake in the first round; later clients may have left, and min_clients has the say
+        return min(wanted, available) if round > 0 and isinstance(wanted, int) else wanted
 
     def _choose(self, size: int, round: int) -> list[ClientId]:
         """Return a cohort, in an order that does not depend on the population's."""

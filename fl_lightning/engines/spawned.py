@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import lightning.pytorch as pl
@@ -98,12 +99,17 @@ class SpawnedEngine(Engine):
         process.start()
         theirs.close()
         try:
+            _await(ours, process)
+            ours.recv_bytes()  # it listens
             ours.send_bytes(self._recipe)
             ours.send_bytes(message)
+            _await(ours, process)
             return ours.recv_bytes()
         except (EOFError, ConnectionError):  # it ended before it answered, or before it listened
             process.join()
             reason = f"its process ended with exit code {process.exitcode}"
+            if process.exitcode == 1:
+                reason += " (a script that uses SpawnedEngine calls fit under `if __name__ == '__main__':`)"
             return pack(
                 {"failure": {"reason": reason, "details": "", "bad_update": False, "kind": ""}, "metrics": None}
             )
@@ -170,8 +176,16 @@ def _build(factory: dict[str, Any]) -> pl.LightningModule:
     return module
 
 
+def _await(pipe: Any, process: BaseProcess) -> None:
+    """Wait until a process says something; one that died may have left its end open in a child of its own."""
+    while not pipe.poll(0.1):
+        if not process.is_alive() and not pipe.poll(0):
+            raise EOFError
+
+
 def _serve(pipe: Any) -> None:
     """Answer one task; runs in the client's process."""
+    pipe.send_bytes(b"ready")
     recipe: _Recipe = pickle.loads(pipe.recv_bytes())
     message = unpack(pipe.recv_bytes())
     torch.set_num_threads(recipe.num_threads)

@@ -286,6 +286,17 @@ def test_an_override_of_batch_size_for_a_mapping_of_loaders() -> None:
     assert changed.round_history[0].num_steps == plain.round_history[0].num_steps
 
 
+def test_a_population_that_becomes_smaller_than_a_cohort_goes_on_with_those_who_stay() -> None:
+    clients = sites(3)
+
+    class Leaves(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            clients.pop("s1", None)
+
+    trainer = fit_federated(Classifier(), clients, max_rounds=2, clients_per_round=3, callbacks=[Leaves()])
+    assert [report.cohort for report in trainer.round_history] == [["s0", "s1", "s2"], ["s0", "s2"]]
+
+
 def test_an_override_by_a_function_reaches_a_client_that_joins_later() -> None:
     clients = sites(2)
 
