@@ -78,8 +78,11 @@ def _curve(options: argparse.Namespace, run: Run) -> tuple[str, list[float], int
         options.seed, max_rounds=options.rounds, clients_per_round=10, local_epochs=1, num_lanes=1,
         callbacks=[target], **arguments,
     )  # fmt: skip
-    accuracies = [report.metrics["val_acc"] for report in trainer.round_history]
-    num_bytes = sum(report.num_bytes_up for report in trainer.round_history)
+    history = list(trainer.round_history)
+    # EarlyStopping wants more than the target, the table counts to the target itself
+    reached = next((n for n, report in enumerate(history, 1) if report.metrics["val_acc"] >= TARGET), len(history))
+    accuracies = [report.metrics["val_acc"] for report in history[:reached]]
+    num_bytes = sum(report.num_bytes_up for report in history[:reached])
     minutes = (time.perf_counter() - begin) / 60
     print(f"{run.label}: {accuracies[-1]:.4f} after {len(accuracies)} rounds, {num_bytes:,} bytes, {minutes:.0f} min")
     return run.label, accuracies, num_bytes, accuracies[-1] >= TARGET
