@@ -53,6 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse names of tests that hold an address: parallel workers would disagree on which tests there are."""
+    addressed = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if addressed:
+        raise pytest.UsageError(f"Give the parameters of {addressed[0]} ids: an address is another in each run.")
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Return the root of the repository; tests run in an empty folder and find ``configs/`` through this."""
