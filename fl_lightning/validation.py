@@ -56,12 +56,6 @@ def check_arguments(
     _at_least_one("evaluate_every_n_rounds", settings.evaluate_every_n_rounds)
     _check_personalize(settings)
     _count_or_fraction("clients_per_round", settings.clients_per_round)
-    wanted = settings.clients_per_round
-    if isinstance(wanted, int) and wanted < settings.min_clients:
-        raise MisconfigurationException(
-            f"min_clients={settings.min_clients} can never be met with clients_per_round={wanted}. Use "
-            f"min_clients<={wanted}, or more clients per round."
-        )
     if settings.evaluate_clients is not True and settings.evaluate_clients is not False:
         _count_or_fraction("evaluate_clients", settings.evaluate_clients)
     if not callable(settings.client_overrides):

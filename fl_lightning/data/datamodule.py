@@ -154,7 +154,10 @@ class FederatedDataModule(LightningDataModule):
         """
         self.partition.size(client_id)  # raises for an unknown client
         nobody = np.empty(0, np.int64)
-        shares = [partition.get(client_id, nobody) for _, partition in self._evaluation]
+        shares = [
+            partition[client_id] if client_id in partition else nobody  # noqa: SIM401 (an unknown id is no KeyError)
+            for _, partition in self._evaluation
+        ]
         if not any(len(share) for share in shares):
             return None
         parts = [

@@ -94,8 +94,8 @@ def require_enough(available: int, min_clients: int, round: int) -> None:
     if available < min_clients:
         raise NotEnoughClientsError(
             f"Round {round} needs min_clients={min_clients}, but only {available} "
-            f"{'client is' if available == 1 else 'clients are'} available. "
-            "Lower min_clients, or bring more clients into the population."
+            f"{'client is' if available == 1 else 'clients are'} available to it. "
+            "Lower min_clients, choose more clients_per_round, or bring more clients into the population."
         )
 
 

@@ -76,7 +76,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"local_epochs": 0}, "local_epochs"),
     ({"local_steps": 0}, "local_steps"),
     ({"min_clients": 0}, "min_clients"),
-    ({"min_clients": 6, "clients_per_round": 5}, "min_clients=6 can never be met with clients_per_round=5"),
     ({"local_loop": "fast"}, "local_loop to be one of"),
     ({"client_state": "forget"}, "client_state to be one of"),
     ({"batch_norm": "mean"}, "batch_norm to be one of"),

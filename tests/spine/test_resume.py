@@ -126,6 +126,27 @@ def test_no_point_of_the_server_stands_twice_after_a_resume(tmp_path: Path) -> N
     assert points(tmp_path / "parts") == points(tmp_path / "whole")
 
 
+def test_what_the_server_draws_is_the_same_after_a_resume(tmp_path: Path) -> None:
+    """A module may draw in its validation; what it drew before the stop must not matter."""
+
+    class Draws(Momentum):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            self.log("drawn", torch.rand(()))
+
+    def drawn(rounds: int, ckpt: Any = None) -> list[float]:
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+        own = {"max_rounds": rounds, "enable_checkpointing": True, "callbacks": [keep], "default_root_dir": tmp_path}
+        pl.seed_everything(7, verbose=False)
+        trainer = FederatedTrainer(**{**QUIET, **own})
+        trainer.fit(Draws(), ServedSites(sites(2)), ckpt_path=ckpt)
+        return [report.metrics["drawn"] for report in trainer.round_history]
+
+    whole = drawn(4)
+    assert len(set(whole)) == 4
+    assert drawn(4, tmp_path / "epoch=1.ckpt") == whole
+
+
 def test_two_runs_are_the_same_bits(tmp_path: Path) -> None:
     (one, first), (two, second) = long_run(tmp_path / "a", 3), long_run(tmp_path / "b", 3)
     assert_same_bits(weights(one), weights(two))

@@ -125,6 +125,23 @@ class Frozen(Classifier):
         return super().training_step(batch, batch_idx)
 
 
+def test_an_averaged_count_is_rounded_to_an_integer() -> None:
+    """Clients of 7 and 8 batches give 7.6 batches on average, by examples: 8, and no cut to 7."""
+
+    class Normed(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.norm(x))
+
+    module = Normed()
+    fit_federated(module, {"a": loader(56, batch_size=8), "b": loader(96, batch_size=12)})
+    assert module.norm.num_batches_tracked.dtype is torch.int64
+    assert module.norm.num_batches_tracked.item() == round((56 * 7 + 96 * 8) / 152) == 8
+
+
 def test_frozen_parameters_and_other_buffers_are_neither_sent_nor_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
     original = Codec.size

