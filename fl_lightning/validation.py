@@ -14,8 +14,8 @@ from fl_lightning.types import ClientId
 __all__ = ["check_arguments", "check_overrides", "check_parts"]
 
 _SHARDING = ("fsdp", "deepspeed", "modelparallel", "model_parallel")
-_METHODS = {"sampler": "cohort", "engine": "session"}
-_HOMES = {"sampler": "schedules", "engine": "engines"}
+# by argument: the method that makes it one, and the part of the package that has such classes
+_PARTS = {"sampler": ("cohort", "schedules"), "engine": ("session", "engines")}
 
 
 def check_arguments(
@@ -73,12 +73,12 @@ def check_parts(given: Mapping[str, Any], client_callbacks: Any) -> None:
     Raises:
         MisconfigurationException: says what was expected.
     """
-    for name, method in _METHODS.items():
+    for name, (method, home) in _PARTS.items():
         value = given.get(name)
         if value is not None and (isinstance(value, type) or not callable(getattr(value, method, None))):
             raise MisconfigurationException(
                 f"Expected {name} to be an object with a method {method}(), got {value!r}. Pass an instance of a class "
-                f"of fl_lightning.{_HOMES[name]}, or of your own subclass, or None for the default."
+                f"of fl_lightning.{home}, or of your own subclass, or None for the default."
             )
     callbacks = client_callbacks if isinstance(client_callbacks, list | tuple) else [client_callbacks]
     for callback in callbacks:

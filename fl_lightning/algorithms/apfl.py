@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fl_lightning.algorithms.base import PERSONAL, Algorithm, OptimizerCallable, SchedulerCallable, Weights
 from fl_lightning.callbacks import GradientCorrection
+from fl_lightning.callbacks.checks import epochs_or_none
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, Phase, Tree
 
 __all__ = ["APFL"]
@@ -70,14 +71,10 @@ class APFL(Algorithm):
                 f"APFL expected alpha in (0, 1], got {alpha!r}. 1 trains every client by itself; without a share of "
                 "its own (alpha=0) a client's model is the global one, which is FedAvg()."
             )
-        if personal_epochs is not None and (
-            isinstance(personal_epochs, bool) or not isinstance(personal_epochs, int) or personal_epochs < 1
-        ):
-            raise MisconfigurationException(
-                f"APFL expected personal_epochs to be an integer >= 1, or None for as many as the global model gets, "
-                f"got {personal_epochs!r}."
-            )
-        self.alpha, self.adaptive, self.personal_epochs = float(alpha), adaptive, personal_epochs
+        self.alpha, self.adaptive = float(alpha), adaptive
+        self.personal_epochs = epochs_or_none(
+            "APFL", "personal_epochs", personal_epochs, "as many as the global model gets"
+        )
 
     def client_callbacks(self) -> list[Callback]:
         return [_Mixture(self.alpha)]  # only the personal phase runs it

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
 from fl_lightning.algorithms.base import OptimizerCallable, SchedulerCallable, Weights
 from fl_lightning.algorithms.personal import FedPer
+from fl_lightning.callbacks.checks import epochs_or_none
 from fl_lightning.types import ClientTask, Phase
 
 __all__ = ["FedRep"]
@@ -55,14 +54,13 @@ class FedRep(FedPer):
         weights: Weights = "examples",
     ) -> None:
         super().__init__(personal, server_optimizer, server_lr_scheduler, weights)
-        if head_epochs is not None and (
-            isinstance(head_epochs, bool) or not isinstance(head_epochs, int) or head_epochs < 1
-        ):
-            raise MisconfigurationException(
-                f"FedRep expected head_epochs to be an integer >= 1, or None for as much as the representation gets, "
-                f"got {head_epochs!r}. To train head and representation together use FedPer({list(self.personal)})."
-            )
-        self.head_epochs = head_epochs
+        self.head_epochs = epochs_or_none(
+            "FedRep",
+            "head_epochs",
+            head_epochs,
+            "as much as the representation gets",
+            f" To train head and representation together use FedPer({list(self.personal)}).",
+        )
 
     def phases(self, task: ClientTask) -> list[Phase]:
         return [

@@ -11,7 +11,7 @@ from torch import nn
 
 from fl_lightning.algorithms.base import PERSONAL, Algorithm, OptimizerCallable, SchedulerCallable, Weights
 from fl_lightning.callbacks import ProximalTerm
-from fl_lightning.callbacks.checks import non_negative
+from fl_lightning.callbacks.checks import epochs_or_none, non_negative
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, Phase
 
 __all__ = ["Ditto", "FedPer"]
@@ -112,12 +112,9 @@ class Ditto(Algorithm):
     ) -> None:
         super().__init__(server_optimizer, server_lr_scheduler, weights)
         self.lam = non_negative("Ditto", "lam", lam, "lam=0 trains the personal models on their own")
-        if personal_epochs is not None and (not isinstance(personal_epochs, int) or personal_epochs < 1):
-            raise MisconfigurationException(
-                f"Ditto expected personal_epochs to be an integer >= 1, or None for as many as the global model gets, "
-                f"got {personal_epochs!r}."
-            )
-        self.personal_epochs = personal_epochs
+        self.personal_epochs = epochs_or_none(
+            "Ditto", "personal_epochs", personal_epochs, "as many as the global model gets"
+        )
 
     def client_callbacks(self) -> list[Callback]:
         return [ProximalTerm(self.lam)]  # only the personal phase runs them

@@ -6,7 +6,7 @@ import math
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-__all__ = ["in_unit_interval", "non_negative", "positive"]
+__all__ = ["epochs_or_none", "in_unit_interval", "non_negative", "positive"]
 
 
 def non_negative(owner: str, name: str, value: float, hint: str = "") -> float:
@@ -46,6 +46,23 @@ def in_unit_interval(owner: str, name: str, value: float, hint: str = "") -> flo
         0.9
     """
     return _checked(owner, name, value, _is_number(value) and 0 <= value < 1, "a number in [0, 1)", hint)
+
+
+def epochs_or_none(owner: str, name: str, value: int | None, like: str, hint: str = "") -> int | None:
+    """Return a number of epochs, or ``None`` for what ``like`` says.
+
+    Raises:
+        MisconfigurationException: unless it is an integer >= 1 or ``None``.
+
+    Example:
+        >>> epochs_or_none("Ditto", "personal_epochs", 2, "as many as the global model gets")
+        2
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise MisconfigurationException(
+            f"{owner} expected {name} to be an integer >= 1, or None for {like}, got {value!r}.{hint}"
+        )
+    return value
 
 
 def _is_number(value: object) -> bool:
