@@ -1,6 +1,7 @@
 """``python -m benchmarks``: the table of docs/performance.md; ``--help`` lists what else is measured.
 
-``python -m benchmarks compression`` measures encoding and decoding; ``python -m benchmarks.papers`` reproduces papers.
+``python -m benchmarks processes`` compares two processes with one, ``compression`` measures encoding and decoding,
+``python -m benchmarks.scale`` what must not grow, and ``python -m benchmarks.papers`` reproduces papers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compression
+from benchmarks import compression, processes
 from benchmarks.by_hand import by_hand
 from benchmarks.contenders import Contender
 from benchmarks.leanest import leanest
@@ -50,5 +51,7 @@ def _parsed() -> argparse.Namespace:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["compression"]:
         compression.main(sys.argv[2:])
+    elif sys.argv[1:2] == ["processes"]:
+        processes.main(sys.argv[2:])
     else:
         main()

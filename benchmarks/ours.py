@@ -1,7 +1,8 @@
-"""fl_lightning with an ordinary LightningModule, in each of its loops."""
+"""fl_lightning with an ordinary LightningModule, in each of its loops; as a program, in one process or several."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import warnings
 from functools import partial
@@ -17,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.contenders import Contender, Run, Stopwatch
+from benchmarks.program import run_program
 from benchmarks.workloads import Workload
 from fl_lightning import FederatedTrainer
 
@@ -118,12 +120,30 @@ def ours(**arguments: Any) -> Contender:
 
 
 def _run(workload: Workload, rounds: int, arguments: dict[str, Any]) -> Run:
+    run = _of_this_rank(workload, rounds, 1, arguments)
+    assert run is not None
+    return run
+
+
+def _of_this_rank(workload: Workload, rounds: int, processes: int, arguments: dict[str, Any]) -> Run | None:
     silence()
     run = Run()
+    group = {"devices": processes, "strategy": "ddp"} if processes > 1 else {}
     with TemporaryDirectory() as folder:
-        trainer = federation(workload, rounds, run, folder, **arguments)
+        trainer = federation(workload, rounds, run, folder, **group, **arguments)
         trainer.fit(Module(workload.model(), workload.lr), datamodule=Clients(workload))
     run.steps = [report.num_steps for report in trainer.round_history]
     run.losses = [report.metrics["loss"] for report in trainer.round_history]
     run.accuracies = [report.metrics["acc"] for report in trainer.round_history]
-    return run
+    return run if trainer.is_global_zero else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--loop", choices=sorted(LOOPS), default="auto")
+    chosen, rest = parser.parse_known_args()
+    run_program(partial(_of_this_rank, arguments=LOOPS[chosen.loop]), rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from statistics import median
 from benchmarks.contenders import Contender, Run
 from benchmarks.workloads import Workload
 
-__all__ = ["Row", "compare", "print_table"]
+__all__ = ["BASELINE", "Row", "check", "compare", "print_table"]
 
 BASELINE = "DataLoader loop by hand"
 
@@ -44,12 +44,13 @@ def compare(workload: Workload, contenders: Mapping[str, Contender], turns: int,
     for turn in range(turns):
         for name in names if turn % 2 == 0 else reversed(names):
             run = contenders[name](workload, rounds + 1)
-            _check(workload, name, run)
+            check(workload, name, run)
             runs[name].append(run)
     return [_row(name, some, runs[BASELINE]) for name, some in runs.items()]
 
 
-def _check(workload: Workload, name: str, run: Run) -> None:
+def check(workload: Workload, name: str, run: Run) -> None:
+    """Raise if a contender did other steps than the workload has, or did not learn."""
     assert set(run.steps) == {workload.steps}, f"{name} did {run.steps} steps on {workload.name}, not {workload.steps}"
     assert run.losses[-1] < run.losses[0], f"{name} did not learn {workload.name}: losses {run.losses}"
 

@@ -1,7 +1,7 @@
 """The workloads in pfl-research (``pfl[pytorch]==0.6.0``): its simulated backend and its federated averaging.
 
 The user's ``loss`` counts losses and correct answers, one pair of numbers a client; pfl's own evaluation, which would
-pass over the data twice more, is off.
+pass over the data twice more, is off. Several processes are ranks of ``torchrun``; seconds are those of rank 0.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from pfl.data.dataset import Dataset
 from pfl.data.federated_dataset import FederatedDataset
 from pfl.data.sampling import MinimizeReuseUserSampler
 from pfl.hyperparam import NNTrainHyperParams
+from pfl.internal.ops.selector import get_framework_module
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from benchmarks.contenders import Run, Stopwatch
-from benchmarks.peers.adapter import main
+from benchmarks.peers.adapter import CountingLoss
+from benchmarks.program import run_program
 from benchmarks.workloads import Workload
 
 
@@ -33,14 +34,10 @@ class Network(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.losses: list[float] = []
-        self.correct: list[float] = []
+        self.counted = CountingLoss()
 
     def loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        outputs = self.network(inputs)
-        loss = cross_entropy(outputs, labels)
-        self.losses.append(loss.item())
-        self.correct.append((outputs.argmax(1) == labels).float().mean().item())
+        loss: Tensor = self.counted(self.network(inputs), labels)
         return loss
 
     def metrics(self, inputs: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -50,19 +47,19 @@ class Network(nn.Module):
 class Laps(TrainingProcessCallback):
     def __init__(self, run: Run, network: Network) -> None:
         self.run, self.network, self.clock = run, network, Stopwatch()
+        self.distributed = get_framework_module().distributed
 
     def after_central_iteration(self, *_: Any, **__: Any) -> tuple[bool, Metrics]:
         self.clock.lap(self.run)
-        losses, correct = self.network.losses, self.network.correct
-        self.run.steps.append(len(losses))
-        self.run.losses.append(sum(losses) / len(losses))
-        self.run.accuracies.append(sum(correct) / len(correct))
-        losses.clear()
-        correct.clear()
+        (sums,) = self.distributed.all_reduce([torch.tensor(self.network.counted.sums(), dtype=torch.float64)])
+        steps, losses, accuracies = sums.tolist()
+        self.run.steps.append(int(steps))
+        self.run.losses.append(losses / steps)
+        self.run.accuracies.append(accuracies / steps)
         return False, Metrics()
 
 
-def pfl(workload: Workload, rounds: int) -> Run:
+def pfl(workload: Workload, rounds: int, processes: int) -> Run | None:
     inputs, labels = workload.data()
     size = workload.examples
 
@@ -74,6 +71,7 @@ def pfl(workload: Workload, rounds: int) -> Run:
     network = Network(workload.model())
     model = PyTorchModel(network, torch.optim.SGD, torch.optim.SGD(network.parameters(), lr=1.0))
     run = Run()
+    assert get_framework_module().distributed.world_size == processes
     FederatedAveraging().run(
         NNAlgorithmParams(rounds, rounds + 1, workload.cohort, None),
         SimulatedBackend(data, data),
@@ -82,8 +80,8 @@ def pfl(workload: Workload, rounds: int) -> Run:
         callbacks=[Laps(run, network)],
         send_metrics_to_platform=False,
     )
-    return run
+    return run if get_framework_module().distributed.global_rank == 0 else None
 
 
 if __name__ == "__main__":
-    main(pfl)
+    run_program(pfl)
