@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fl_lightning.seeding import seed_for
-from fl_lightning.transforms.bits import Draws
+from fl_lightning.transforms.draws import Draws
 from fl_lightning.types import ClientId, Contribution, Memory, Tree
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Numbers of a few bits, sorted indices and random draws, packed and unpacked without a loop over elements.
+"""Numbers of a few bits and sorted indices, packed and unpacked without a loop over elements.
 
 Everything works on chunks that fit in a processor's cache: a fresh page of memory costs more than the arithmetic on it.
 """
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 from fl_lightning.transforms.errors import PayloadError
 
-__all__ = ["CHUNK", "Array", "Draws", "index_bits", "pack_bits", "pack_indices", "unpack_bits", "unpack_indices"]
+__all__ = ["CHUNK", "Array", "index_bits", "pack_bits", "pack_indices", "unpack_bits", "unpack_indices"]
 
 Array: TypeAlias = NDArray[Any]
 CHUNK = 1 << 16
 """Elements that are worked on at once; a multiple of every power of two up to itself."""
-_WORD = np.dtype("<u8")
 
 
 def pack_bits(codes: Array, bits: int) -> Array:
     """Return codes of ``bits`` bits as ``bits * ceil(n / 8)`` bytes.
 
-    Eight codes share ``bits`` bytes. Above eight bits the low byte of each code comes first, then the packed rest.
+    Up to eight bits a code begins where the one before it ends, as in a little-endian number. Above eight bits the low
+    bytes of all codes come first, then the rests, packed.
 
     Args:
         codes: unsigned integers below ``2 ** bits``, in one dimension.
@@ -31,11 +31,19 @@ def pack_bits(codes: Array, bits: int) -> Array:
 
     Example:
         >>> packed = pack_bits(np.array([1, 0, 3, 2, 1]), 2)
-        >>> len(packed), unpack_bits(packed, 2, 5).tolist()
-        (2, [1, 0, 3, 2, 1])
+        >>> packed.tolist(), unpack_bits(packed, 2, 5).tolist()
+        ([177, 1], [1, 0, 3, 2, 1])
     """
-    parts = [_pack(codes[begin : begin + CHUNK], bits) for begin in range(0, len(codes), CHUNK)]
-    return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+    if bits > 8:
+        return np.concatenate([_filled(codes & 255), pack_bits(codes >> 8, bits - 8)])
+    filled = _filled(codes)
+    if bits == 8:
+        return filled
+    packed = np.empty(bits * len(filled) // 8, np.uint8)
+    for begin in range(0, len(filled), CHUNK):
+        piece = filled[begin : begin + CHUNK]
+        packed[bits * begin // 8 : bits * (begin + len(piece)) // 8] = _narrowed(piece, bits)
+    return packed
 
 
 def unpack_bits(data: Array, bits: int, num: int) -> Array:
@@ -50,46 +58,65 @@ def unpack_bits(data: Array, bits: int, num: int) -> Array:
     expected = bits * -(-num // 8)
     if data.dtype != np.uint8 or data.shape != (expected,):
         raise PayloadError(f"expected {expected} bytes for {num} codes of {bits} bits, got {data.size} of {data.dtype}")
-    codes = np.empty(num, np.uint8 if bits <= 8 else np.uint16)
-    for begin in range(0, num, CHUNK):
-        size = min(CHUNK, num - begin)
-        first = begin // 8 * bits
-        codes[begin : begin + size] = _unpack(data[first : first + bits * -(-size // 8)], bits)[:size]
-    return codes
-
-
-def _pack(codes: Array, bits: int) -> Array:
-    groups = -(-len(codes) // 8)
-    if len(codes) < groups * 8:
-        codes = np.concatenate([codes, np.zeros(groups * 8 - len(codes), codes.dtype)])
     if bits == 8:
-        return codes.astype(np.uint8)
+        return data[:num]
     if bits > 8:
-        rest = codes >> 8
-        return np.concatenate([(codes & 255).astype(np.uint8), _pack(rest, bits - 8)])
-    rows = codes.reshape(8, groups)  # a row is contiguous, so shifts run at the speed of memory
-    words = rows[0].astype(_WORD)
-    for position in range(1, 8):
-        words |= rows[position].astype(_WORD) << np.uint64(position * bits)
-    packed: Array = words.view(np.uint8).reshape(groups, 8)[:, :bits].reshape(-1)
+        cut = 8 * -(-num // 8)
+        rest: Array = unpack_bits(data[cut:], bits - 8, num).astype(np.uint16)
+        both: Array = data[:num] | (rest << np.uint16(8))
+        return both
+    codes = np.empty(expected // bits * 8, np.uint8)
+    for begin in range(0, len(codes), CHUNK):
+        piece = codes[begin : begin + CHUNK]
+        piece[:] = _widened(data[bits * begin // 8 : bits * (begin + len(piece)) // 8], bits)
+    return codes[:num]
+
+
+def _filled(codes: Array) -> Array:
+    """Return codes as bytes in whole groups of eight."""
+    groups = -(-len(codes) // 8)
+    if len(codes) == groups * 8:
+        same: Array = codes.astype(np.uint8, copy=False)
+        return same
+    filled = np.zeros(groups * 8, np.uint8)
+    filled[: len(codes)] = codes
+    return filled
+
+
+def _narrowed(codes: Array, bits: int) -> Array:
+    """Join neighbours in words of twice the width, until eight codes share a word or a byte is full."""
+    if bits == 1:
+        return np.packbits(codes, bitorder="little")
+    held, words = bits, codes
+    for width in (16, 32, 64):
+        words = words.view(f"<u{width // 8}")
+        low, word = (1 << held) - 1, words.dtype.type
+        words = (words & word(low)) | ((words >> word(width // 2 - held)) & word(low << held))
+        held *= 2
+        if held == 8:
+            full: Array = words.astype(np.uint8)
+            return full
+    packed: Array = words.view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)
     return packed
 
 
-def _unpack(data: Array, bits: int) -> Array:
-    if bits == 8:
-        return data
-    if bits > 8:
-        count = len(data) // bits * 8
-        return data[:count].astype(np.uint16) | (_unpack(data[count:], bits - 8).astype(np.uint16) << 8)
-    groups = len(data) // bits
-    filled = np.zeros((groups, 8), np.uint8)
-    filled[:, :bits] = data.reshape(groups, bits)
-    words = filled.view(_WORD).reshape(-1)
-    rows = np.empty((8, groups), np.uint8)
-    mask = np.uint64(2**bits - 1)
-    for position in range(8):
-        rows[position] = (words >> np.uint64(position * bits)) & mask
-    return rows.reshape(-1)
+def _widened(data: Array, bits: int) -> Array:
+    if bits == 1:
+        return np.unpackbits(data, bitorder="little")
+    if 8 % bits:
+        filled = np.zeros((len(data) // bits, 8), np.uint8)
+        filled[:, :bits] = data.reshape(-1, bits)
+        width, words = 64, filled.reshape(-1).view("<u8")
+    else:
+        width = 64 // bits
+        words = data.astype(f"<u{width // 8}")
+    while width > 8:
+        held = bits * width // 16  # in each half
+        low, word = (1 << held) - 1, words.dtype.type
+        words = (words & word(low)) | ((words << word(width // 2 - held)) & word(low << width // 2))
+        width //= 2
+        words = words.view(f"<u{width // 8}")
+    return words
 
 
 def index_bits(num: int, total: int) -> int | None:
@@ -168,44 +195,3 @@ def _unpack_wide(data: Array, bits: int, num: int) -> Array:
         values |= unpack_bits(data[place : place + size], width, num).astype(np.int64) << first
         place += size
     return values
-
-
-class Draws:
-    """Random numbers that server and client draw alike from a seed, whatever their NumPy.
-
-    NumPy keeps the raw stream of a bit generator fixed for ever, and of ``Generator``'s methods it does not promise it.
-
-    Args:
-        seed: as :meth:`fl_lightning.transforms.Exchange.draws` gives it.
-
-    Example:
-        >>> Draws(1).subset(3, 10).tolist() == Draws(1).subset(3, 10).tolist()
-        True
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._source = np.random.SFC64(seed)
-
-    def uniform(self, num: int) -> Array:
-        """Return float32 in [0, 1), in multiples of ``2**-24``."""
-        words: Array = self._source.random_raw(-(-num // 2)).view(np.uint32)[:num]
-        return (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
-
-    def signs(self, num: int) -> Array:
-        """Return float32 of -1 and +1."""
-        words: Array = self._source.random_raw(-(-num // 64))
-        return np.unpackbits(words.view(np.uint8))[:num].astype(np.float32) * np.float32(2) - np.float32(1)
-
-    def subset(self, num: int, total: int) -> Array:
-        """Return ``num`` of ``range(total)`` without replacement, sorted; every subset is equally likely."""
-        if 2 * num > total:
-            chosen = np.ones(total, np.bool_)
-            chosen[self.subset(total - num, total)] = False
-            return np.flatnonzero(chosen)
-        drawn = np.zeros(0, np.int64)
-        while True:  # twice as many as wanted hold enough different ones, but for a chance that the loop covers
-            more: Array = self._source.random_raw(2 * num + 16) % np.uint64(max(total, 1))
-            drawn = np.concatenate([drawn, more.astype(np.int64)])
-            different, first = np.unique(drawn, return_index=True)
-            if len(different) >= num:
-                return np.sort(drawn[np.sort(first)[:num]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -12,15 +11,15 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from fl_lightning.transforms.base import Exchange, Transform, TreeTransform, num_elements
-from fl_lightning.transforms.bits import CHUNK, Array, pack_bits, unpack_bits
+from fl_lightning.transforms.base import Exchange, Transform, TreeTransform
+from fl_lightning.transforms.bits import Array, pack_bits, unpack_bits
+from fl_lightning.transforms.draws import Draws
 from fl_lightning.transforms.errors import PayloadError
-from fl_lightning.transforms.vectors import as_tensor, bytes_of, joined, sealed_array, split
+from fl_lightning.transforms.rotation import Rotation
+from fl_lightning.transforms.vectors import as_tensor, bytes_of, flat, sealed_array
 from fl_lightning.types import Memory, Tree
 
 __all__ = ["Eden", "lloyd_max"]
-
-_BLOCK = 4096
 
 
 class Eden(TreeTransform):
@@ -29,7 +28,7 @@ class Eden(TreeTransform):
     .. math:: z = H D x, \qquad C(x) = \frac{\lVert x \rVert^2}{\langle z, q(z) \rangle}\, D H\, q(z), \qquad
         \frac{\mathbb{E} \lVert C(x) - x \rVert^2}{\lVert x \rVert^2} \approx \frac{1}{1 - D_b} - 1
 
-    :math:`H` is the orthonormal Hadamard matrix on blocks of 4096 elements, :math:`D` random signs from the seed,
+    :math:`H` is the orthonormal Hadamard matrix on blocks of 1024 elements, :math:`D` random signs from the seed,
     :math:`q` the Lloyd-Max quantiser of :math:`2^b` levels and :math:`D_b` its distortion on a normal variable
     (.3634, .1175, .0345, .0095 for one to four bits). One bit is DRIVE, with an error of
     :math:`\pi/2 - 1 = .571` whatever the dimension; that of plain stochastic rounding to one bit grows with it.
@@ -63,90 +62,91 @@ class Eden(TreeTransform):
         self.bits, self.unbiased = bits, unbiased
 
     def encode_tree(self, tree: Tree, exchange: Exchange, memory: Memory) -> tuple[Tree, Any, Memory | None]:
-        vector = joined(tree)
-        draws, centroids = exchange.draws(), lloyd_max(self.bits)
-        boundaries = (centroids[1:] + centroids[:-1]) / 2
-        codes, scales = [], []
-        for begin, size, dim in _blocks(len(vector)):
-            rows = _padded(vector[begin : begin + size], dim)
-            rotated = _rotate(rows * draws.signs(rows.size).reshape(rows.shape))
-            squares = np.square(rows, dtype=np.float64).sum(axis=1)
-            deviation = np.sqrt(np.where(squares > 0, squares, 1) / dim).astype(np.float32)
-            code = _cells(rotated / deviation[:, None], boundaries)
-            level = centroids[code]
-            product = (rotated * level).sum(axis=1, dtype=np.float64)
-            if self.unbiased:
-                scale = squares / np.where(product > 0, product, 1)
-            else:
-                scale = product / np.square(level, dtype=np.float64).sum(axis=1)
-            scales.append(np.where(squares > 0, scale, 0))
-            codes.append(code.reshape(-1))
-        packed = pack_bits(np.concatenate(codes), self.bits)
-        return {}, [as_tensor(np.concatenate(scales).astype(np.float32)), as_tensor(packed)], None
+        arrays, draws = flat(tree), exchange.draws()
+        rotation = Rotation(draws)
+        codes = np.empty(sum(_num_codes(len(array)) for array in arrays), np.uint8)
+        sums, place = [(np.zeros(0),) * 3], 0
+        for array in arrays:
+            for (begin, end), shape in Rotation.pieces(len(array)):
+                rotated = rotation.apply(array[begin:end], shape)
+                code = codes[place : place + math.prod(shape)]
+                sums.append(self._quantized(rotated, rotation.scratch(shape), code))
+                place += len(code)
+        squares, levels, product = (np.concatenate(each) for each in zip(*sums, strict=True))
+        # the product is positive unless all of a block is zero
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scales = np.where(squares > 0, squares / product if self.unbiased else product / levels, 0)
+        return {}, [as_tensor(_short(scales, draws)), as_tensor(pack_bits(codes, self.bits))], None
 
     def decode_tree(self, opened: Tree, sealed: Any, exchange: Exchange, template: Tree) -> Tree:
-        num = num_elements(template)
-        blocks = list(_blocks(num))
-        counts = [-(-size // dim) for _, size, dim in blocks]
         if not isinstance(sealed, list) or len(sealed) != 2:
             raise PayloadError("expected scales and codes")
-        scales = sealed_array(sealed[0], sum(counts), torch.float32)
-        padded = sum(count * dim for count, (_, _, dim) in zip(counts, blocks, strict=True))
-        codes = unpack_bits(bytes_of(sealed[1]), self.bits, padded)
-        draws, centroids = exchange.draws(), lloyd_max(self.bits)
-        vector = np.empty(num, np.float32)
+        sizes = [tensor.numel() for tensor in template.values()]
+        num_scales = sum(shape[1] for size in sizes for _, shape in Rotation.pieces(size))
+        scales = _long(sealed_array(sealed[0], num_scales, torch.int16))
+        codes = unpack_bits(bytes_of(sealed[1]), self.bits, sum(map(_num_codes, sizes)))
+        rotation, levels = Rotation(exchange.draws()), torch.from_numpy(lloyd_max(self.bits))
+        tree: dict[str, Tensor] = {}
         first = place = 0
-        for (begin, size, dim), count in zip(blocks, counts, strict=True):
-            level = centroids[codes[place : place + count * dim]].reshape(count, dim)
-            rows = _rotate(level * scales[first : first + count, None])
-            rows *= draws.signs(rows.size).reshape(rows.shape)
-            vector[begin : begin + size] = rows.reshape(-1)[:size]
-            first, place = first + count, place + count * dim
-        return split(vector, template)
+        for (name, like), size in zip(template.items(), sizes, strict=True):
+            dense = np.empty(size, np.float32)
+            for (begin, end), shape in Rotation.pieces(size):
+                code = torch.from_numpy(codes[place : place + math.prod(shape)])
+                level, scale = rotation.blank(shape), scales[first : first + shape[1], None]
+                if self.bits == 1:  # plus and minus one are faster than a table, and the scale has the rest
+                    level.copy_((2 * code - 1).view(torch.int8).view(shape))
+                    level *= scale * levels[1]
+                else:
+                    torch.index_select(levels, 0, code.int(), out=level.view(-1))
+                    level *= scale
+                dense[begin:end] = rotation.undo(shape)[: end - begin]
+                first, place = first + shape[1], place + len(code)
+            tree[name] = torch.from_numpy(dense).reshape(like.shape).to(like.dtype)
+        return tree
 
     def contraction(self) -> Transform:
         return Eden(self.bits, unbiased=False)
 
-
-def _blocks(num: int) -> Iterator[tuple[int, int, int]]:
-    """Yield begin, size and dimension of what is rotated at once: whole blocks, and a smaller one for the rest."""
-    whole = num // _BLOCK * _BLOCK
-    for begin in range(0, whole, CHUNK):
-        yield begin, min(CHUNK, whole - begin), _BLOCK
-    if whole < num:
-        yield whole, num - whole, 1 << (num - whole - 1).bit_length()
-
-
-def _cells(values: Array, boundaries: Array) -> Array:
-    """Return how many boundaries lie at or below each value; counting up to 15 of them is faster than searching."""
-    code = np.zeros(values.shape, np.uint8)
-    for boundary in boundaries:
-        code += values >= boundary
-    return code
-
-
-def _padded(vector: Array, dim: int) -> Array:
-    rows = -(-len(vector) // dim)
-    filled = np.zeros(rows * dim, np.float32)
-    filled[: len(vector)] = vector
-    return filled.reshape(rows, dim)
+    def _quantized(self, rotated: Tensor, scratch: Tensor, codes: Array) -> tuple[Array, Array, Array]:
+        """Write the codes of rotated blocks; return their squares, those of their levels, and the product of both."""
+        levels, dim = lloyd_max(self.bits), rotated[:, 0].numel()
+        squares = _sums(np.square(rotated.numpy(), out=scratch.numpy()))
+        if self.bits == 1:
+            np.greater_equal(rotated.numpy(), 0, out=codes.view(np.bool_).reshape(rotated.shape))
+            product = _sums(np.abs(rotated.numpy(), out=scratch.numpy())) * levels[1]
+            return squares, np.full(len(squares), dim * levels[1] ** 2), product
+        deviation = np.sqrt(np.where(squares > 0, squares, 1) / dim).astype(np.float32)
+        standard = torch.div(rotated, torch.from_numpy(deviation)[:, None], out=scratch)
+        cell = torch.zeros(rotated.shape, dtype=torch.uint8)
+        for boundary in (levels[1:] + levels[:-1]) / 2:  # counting up to 15 of them is faster than searching
+            cell += standard >= boundary
+        np.copyto(codes, cell.view(-1).numpy())
+        level = torch.index_select(torch.from_numpy(levels), 0, cell.view(-1).int()).view(rotated.shape)
+        return squares, _sums((level * level).numpy()), _sums((rotated * level).numpy())
 
 
-def _rotate(rows: Array) -> Array:
-    """Multiply each row by the orthonormal Hadamard matrix, as two products with matrices of its root's size."""
-    power = rows.shape[1].bit_length() - 1
-    left, right = _hadamard(power // 2), _hadamard(power - power // 2)
-    cube = torch.from_numpy(rows.astype(np.float32)).view(len(rows), len(left), len(right))
-    rotated: Array = (left @ (cube @ right)).reshape(rows.shape).numpy()
-    return rotated
+def _sums(values: Array) -> Array:
+    """Return the sum of each block, given ``(left, blocks, right)``, in float64."""
+    rows = np.add.reduce(values, axis=0)
+    sums: Array = (rows @ np.ones(values.shape[2], np.float32)).astype(np.float64)  # faster than a sum of short rows
+    return sums
 
 
-@lru_cache
-def _hadamard(power: int) -> Tensor:
-    matrix = torch.ones(1, 1)
-    for _ in range(power):
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / math.sqrt(len(matrix))
+def _num_codes(size: int) -> int:
+    return sum(math.prod(shape) for _, shape in Rotation.pieces(size))
+
+
+def _short(scales: Array, draws: Draws) -> Array:
+    """Return the upper halves of float32, rounded at random: a block is short, and a scale of four bytes would show."""
+    words = scales.astype(np.float32).view(np.uint32) + draws.shorts(len(scales))
+    return (words >> 16).astype(np.uint16).view(np.int16)
+
+
+def _long(halves: Array) -> Tensor:
+    scales = (halves.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if not np.isfinite(scales).all():
+        raise PayloadError("expected finite scales, got NaN or infinity")
+    return torch.from_numpy(scales)
 
 
 @lru_cache

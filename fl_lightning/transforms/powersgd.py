@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from fl_lightning.transforms.base import Exchange, TreeTransform
-from fl_lightning.transforms.bits import Draws
+from fl_lightning.transforms.draws import Draws
 from fl_lightning.transforms.errors import PayloadError
 from fl_lightning.transforms.vectors import as_tensor
 from fl_lightning.types import Memory, Tree
@@ -80,8 +80,9 @@ class PowerSGD(TreeTransform):
                 start = self._start(matrix.shape[1], draws)
             factor = start.to(matrix)
             for _ in range(self.iterations):
-                basis = torch.linalg.qr(matrix @ factor).Q
-                factor = matrix.T @ basis
+                # a thin matrix in front is what the library multiplies at the speed of memory, in every layout
+                basis = torch.linalg.qr((factor.T.contiguous() @ matrix.T).T).Q
+                factor = (basis.T.contiguous() @ matrix).T
             opened[f"{name}#p"], opened[f"{name}#q"] = basis, factor
             kept[name] = factor
         return opened, None, kept or None

@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from fl_lightning.transforms.bits import CHUNK, Draws, pack_bits, pack_indices, unpack_bits, unpack_indices
+from fl_lightning.transforms.bits import CHUNK, pack_bits, pack_indices, unpack_bits, unpack_indices
+from fl_lightning.transforms.draws import Dither, Draws
 from fl_lightning.transforms.errors import PayloadError
+from fl_lightning.transforms.levels import Levels
 from fl_lightning.transforms.selection import largest
 
 
@@ -87,6 +89,46 @@ def test_draws_are_the_stream_that_numpy_promises_to_keep() -> None:
     signs = Draws(0).signs(100_001)
     assert set(signs.tolist()) == {-1.0, 1.0}
     assert abs(float(signs.mean())) < 0.015
+
+
+def test_thresholds_are_uniform_and_any_two_are_independent() -> None:
+    """Also those of different pieces at the same place, which come from the same entry of the table."""
+    trials, pairs = 4000, []
+    for seed in range(trials):
+        thresholds, out = Dither(Draws(seed), bits=2), np.empty(3, np.int32)
+        thresholds.fill(out)
+        first = out.copy()
+        thresholds.fill(out)
+        pairs.append((*first[:2], *out[:2]))
+    found = np.array(pairs)
+    assert found.min() == 0
+    assert found.max() == 3
+    for one, other in ((0, 1), (0, 2), (1, 2), (0, 3), (2, 3)):
+        counts = np.bincount(4 * found[:, one] + found[:, other], minlength=16)
+        chi_square = float(((counts - trials / 16) ** 2 / (trials / 16)).sum())
+        assert chi_square < 60  # 15 degrees of freedom: one in five million; equal ones would give 12,000
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 12])
+def test_the_mean_of_a_rounded_value_is_exact_to_the_resolution_of_the_thresholds(bits: int) -> None:
+    """Over all thresholds, the mean of a code is the value to within half of one of them: no sample, a sum over all."""
+    fraction = min(16, 24 - bits)
+    values = np.array([0.0, 0.3, -0.7, 1e-3, -1.0, 1.0], np.float32)
+    sums, num = np.zeros(len(values)), 1 << fraction
+
+    class All:
+        def fill(self, out: np.ndarray) -> None:
+            out[:] = self.threshold
+
+    levels, every, codes = Levels(bits, Draws(0)), All(), np.empty(len(values), np.uint16)
+    levels._dither = every  # type: ignore[assignment]
+    out = np.empty(len(values), np.float32)
+    for every.threshold in range(num):
+        levels.round(values, np.ones(1, np.float32), codes)
+        levels.values(codes.astype(np.uint8) if bits <= 8 else codes, np.ones(1, np.float32), out)
+        sums += out
+    step = 2 if bits == 1 else 1 / levels.steps
+    assert np.abs(sums / num - values).max() <= step / num / 2 + 1e-6
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy", "constant", "sorted", "sparse", "periodic"])

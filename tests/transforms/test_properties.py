@@ -181,6 +181,18 @@ def test_casts_are_torchs_own_up_to_a_power_of_two(dtype: str) -> None:
     assert torch.equal(vector(Cast(dtype), within), within.to(kind).float())
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_eight_bits_are_torchs_own_cast_to_the_bit(dtype: str) -> None:
+    """Ties, what lies just beside them, and numbers that are subnormal in the narrow type."""
+    kind, x = getattr(torch, dtype), sample(200_000, heavy=True)
+    ties = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(kind).float()
+    ties = (ties[:-1] + ties[1:])[torch.isfinite(ties[:-1] + ties[1:])] / 2
+    beside = torch.cat([ties.nextafter(torch.tensor(9e9)), ties.nextafter(torch.tensor(-9e9)), ties])
+    for values in (x / x.abs().max() * 1.999, beside[beside.abs() < 2], torch.linspace(-1e-3, 1e-3, 9999)):
+        one = torch.cat([values, torch.tensor([1.0])])  # the power of two is then 1
+        assert torch.equal(vector(Cast(dtype), one), one.to(kind).float())
+
+
 @pytest.mark.parametrize(("bits", "distortion"), [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497)])
 def test_the_levels_for_a_normal_variable_are_those_of_max(bits: int, distortion: float) -> None:
     """Max 1960, table I."""
