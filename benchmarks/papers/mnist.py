@@ -59,10 +59,14 @@ class Setting:
     published: tuple[int, int]
 
 
+WHOLE = 600  # the paper's B = infinity: all that a client has is one batch
 SETTINGS = {
     "2nn": Setting(TwoNN, 0.97, 1, 10, (0.1, 0.05), (87, 664)),
     "cnn": Setting(CNN, 0.99, 1, 10, (0.1, 0.05), (34, 350)),
     "cnn-e5": Setting(CNN, 0.99, 5, 10, (0.1, 0.05), (20, 229)),
+    "cnn-e5-b50": Setting(CNN, 0.99, 5, 50, (0.1, 0.05), (29, 334)),
+    "cnn-e20": Setting(CNN, 0.99, 20, 10, (0.1, 0.05), (18, 173)),
+    "cnn-sgd": Setting(CNN, 0.99, 1, WHOLE, (0.1, 0.05), (626, 483)),
 }
 
 
@@ -71,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--entries", nargs="+", choices=[*SETTINGS], default=["2nn"])
     parser.add_argument("--splits", nargs="+", choices=("iid", "shards"), default=["iid", "shards"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, help="instead of the entry's own: what the paper's grid is looked at with")
     parser.add_argument("--rounds", type=int, help="stop earlier than one round after the published number")
 
 
@@ -85,14 +90,14 @@ def run(options: argparse.Namespace) -> list[Row]:
 
 def _entry(options: argparse.Namespace, entry: str, split: str) -> Row:
     setting, position = SETTINGS[entry], ("iid", "shards").index(split)
-    published, lr = setting.published[position], setting.lr[position]
+    published, lr = setting.published[position], options.lr or setting.lr[position]
     partitioner = IID(100, seed=options.seed) if split == "iid" else Shards(100, per_client=2, seed=options.seed)
     data = FederatedDataModule(Data(options.data_dir, batch_size=setting.batch_size), partitioner)
     target = EarlyStopping("val_acc", mode="max", patience=10**9, stopping_threshold=setting.target, verbose=False)
     limit = options.rounds or published + 1
     begin = time.perf_counter()
     trainer = federate(
-        setting.model(lr=lr), data, FedAvg(), options.output / "mnist", f"{entry} {split} seed {options.seed}",
+        setting.model(lr=lr), data, FedAvg(), options.output / "mnist", f"{entry} {split} lr {lr} seed {options.seed}",
         options.seed, max_rounds=limit, clients_per_round=10, local_epochs=setting.epochs, num_lanes=1,
         callbacks=[target],
         local_loop=options.local_loop,
@@ -101,7 +106,7 @@ def _entry(options: argparse.Namespace, entry: str, split: str) -> Row:
     curve = [report.metrics["val_acc"] for report in trainer.round_history]
     reached = next((number for number, value in enumerate(curve, start=1) if value >= setting.target), None)
     title = f"{entry} {split}, E={setting.epochs}, B={setting.batch_size}, lr {lr}"
-    draw(options.output / "mnist" / f"{entry}-{split}.png", {title: curve}, "test accuracy", title, setting.target)
+    draw(options.output / "mnist" / f"{entry}-{split}-{lr}.png", {title: curve}, "test accuracy", title, setting.target)
     return Row(
         f"{title}: rounds to {setting.target:.0%}",
         f"{reached} ({minutes:.0f} min)" if reached else f"{max(curve):.4f} after {len(curve)} rounds",

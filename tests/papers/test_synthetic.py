@@ -60,6 +60,26 @@ def test_inputs_have_the_recipes_means_and_variances(beta: float) -> None:
     assert means.mean(axis=1).var() == pytest.approx(beta**2 + 1 / 60, rel=0.25)
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.5, 0.25)])
+def test_a_seed_is_the_federation_of_the_released_program(alpha: float, beta: float) -> None:
+    """The same draws by numpy's own multivariate normal, from the global state that the authors' program uses."""
+    data = SyntheticDataModule(alpha, beta, num_clients=5, seed=3)
+    before = np.random.get_state()
+    try:
+        np.random.seed(3)
+        sizes = np.random.lognormal(4, 2, 5).astype(int) + 50
+        rules, offsets = np.random.normal(0, alpha, 5), np.random.normal(0, beta, 5)
+        means = [np.random.normal(offset, 1, 60) for offset in offsets]
+        for k in range(5):
+            weights, biases = np.random.normal(rules[k], 1, (60, 10)), np.random.normal(rules[k], 1, 10)
+            expected = np.random.multivariate_normal(means[k], np.diag(np.arange(1, 61) ** -1.2), sizes[k])
+            inputs, labels = everything(data, k)
+            assert inputs.numpy() == pytest.approx(expected, abs=1e-5)
+            assert labels.tolist() == (expected @ weights + biases).argmax(axis=1).tolist()
+    finally:
+        np.random.set_state(before)
+
+
 def test_labels_follow_a_linear_rule_of_their_own_device() -> None:
     """A linear model of one device predicts that device and not another, unless all share one rule."""
     shared, own = SyntheticDataModule(iid=True), SyntheticDataModule(alpha=1.0, beta=1.0)
