@@ -10,12 +10,15 @@ from fl_lightning.local.client import Failure
 from fl_lightning.schedules import assign_lanes
 from fl_lightning.seeding import seed_for
 from fl_lightning.types import ClientId, ClientTask, Work
+from fl_lightning.wire import pack
 
 __all__ = ["ask_losses"]
 
 
 def ask_losses(federation: Federation, client_ids: Sequence[ClientId], round: int) -> dict[ClientId, float]:
     """Return the loss of the global model on the training data of each client; each process asks those of its lanes.
+
+    Everyone who is asked downloads the model for it, without transforms; those bytes count in ``num_bytes_asked``.
 
     Args:
         federation: the federation, between two rounds.
@@ -26,6 +29,7 @@ def ask_losses(federation: Federation, client_ids: Sequence[ClientId], round: in
         ClientError: when a client cannot answer.
     """
     broadcast = {"model": federation.model(), "buffers": federation.buffers()}
+    federation.num_bytes_asked += len(pack(broadcast)) * len(client_ids)
     seed = federation.settings.seed
     tasks = [
         # the loss is measured before the first step, and what the step makes of the model is thrown away

@@ -88,6 +88,8 @@ class Federation:
         self.state: State = self.wire.start(self.algorithm.init_state(self.model()), sums_blindly)
         dispatcher.bytes_down = dispatcher.bytes_up = num_bytes([self.model(), self.buffers()])
         self.store: ClientStore | None = None
+        self.num_bytes_asked = 0
+        """Bytes that clients downloaded in this round to answer a question of the sampler."""
         self.interrupted: Callable[[], bool] = lambda: False
         self.on_cohort: Callable[[Sequence[ClientId]], None] = lambda cohort: None
         self.on_client_end: Callable[[ClientId, int, int, int], None] = lambda *_: None
@@ -120,6 +122,7 @@ class Federation:
     def run_round(self, round: int, at_most: int | None = None) -> RoundOutcome:
         """Let the cohort of a round train and turn what comes back into the server's gradient."""
         begin = time.perf_counter()
+        self.num_bytes_asked = 0
         plan = self.dispatcher.plan(round, at_most)
         self.on_cohort([dispatch.client_id for dispatch in plan.dispatches])
         downloads = self._send(round, plan)
@@ -133,7 +136,7 @@ class Federation:
             gradient, state, buffers = self._finish(total)
         else:
             gradient, state, buffers = self._combine(single, report.cohort, tasks[0])
-        learned = self.dispatcher.learn(results, report.num_bytes_down, downloads)
+        learned = self.dispatcher.learn(results, self.wire.num_bytes_down, downloads)
         report.metrics = {**scalars(total.metrics.compute(self.module)), **plan.metrics, **learned}
         self.dispatcher.keep_versions(plan)
         report.seconds = time.perf_counter() - begin
@@ -147,7 +150,7 @@ class Federation:
         report.num_examples = sum(result.num_examples for result in delivered)
         report.num_steps = sum(result.num_steps for result in delivered)
         report.num_bytes_up = sum(result.num_bytes_up for result in delivered)
-        report.num_bytes_down = self.wire.num_bytes_down
+        report.num_bytes_down = self.wire.num_bytes_down + self.num_bytes_asked
         return report
 
     def _send(self, round: int, plan: Plan) -> int:

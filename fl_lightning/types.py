@@ -178,7 +178,8 @@ class RoundReport:
         num_examples: training examples of the cohort.
         num_steps: optimizer steps of the cohort.
         seconds: wall-clock seconds from the broadcast to the server's step.
-        num_bytes_down: bytes of the encoded broadcast, summed over the clients that got it.
+        num_bytes_down: bytes of the encoded broadcast, summed over the clients that got it, and of the model for each
+            client that a sampler asked before.
         num_bytes_up: bytes of the encoded payloads that came back.
         metrics: client training metrics combined over the cohort, ``clients/<name>`` from ``evaluate_clients``, and
             what the server's validation logged.

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fl_lightning.algorithms.base import Algorithm
 from fl_lightning.federation_settings import FederationSettings, Overrides, check_override
+from fl_lightning.packages import lightning_base
 from fl_lightning.types import ClientId
 
 __all__ = ["check_arguments", "check_overrides", "check_parts"]
@@ -82,7 +83,7 @@ def check_parts(given: Mapping[str, Any], client_callbacks: Any) -> None:
             )
     callbacks = client_callbacks if isinstance(client_callbacks, list | tuple) else [client_callbacks]
     for callback in callbacks:
-        if callback is not None and not _is_callback(callback):
+        if callback is not None and lightning_base(callback, "Callback") is None:
             raise MisconfigurationException(
                 f"Expected client_callbacks to be Lightning callbacks, got {callback!r}. Pass instances, for example "
                 "client_callbacks=[GradientClip(1.0)]."
@@ -93,14 +94,6 @@ def check_parts(given: Mapping[str, Any], client_callbacks: Any) -> None:
             f"Expected client_lr_schedule to be a function of the round that returns a factor, got {schedule!r}. "
             "Write for example client_lr_schedule=lambda round: 0.99**round."
         )
-
-
-def _is_callback(value: Any) -> bool:
-    # of either package, without importing the one that is not in use
-    return any(
-        base.__name__ == "Callback" and base.__module__.startswith(("lightning.", "pytorch_lightning."))
-        for base in type(value).__mro__
-    )
 
 
 def check_overrides(overrides: Overrides, client_ids: Sequence[ClientId]) -> None:

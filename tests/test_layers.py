@@ -19,7 +19,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fl_lightning"
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"types", "tree", "seeding", "store", "retention", "errors", "wire"}),
+    frozenset({"types", "tree", "seeding", "store", "retention", "errors", "packages", "wire"}),
     frozenset(
         {"algorithms", "transforms", "schedules", "privacy", "secure", "data", "devices", "audit", "analytics"}
         # a client callback is an algorithm's client half, and knows no loop

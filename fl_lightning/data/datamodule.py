@@ -16,6 +16,7 @@ from fl_lightning.data.partition import Partition, label_counts, total_variation
 from fl_lightning.data.partitioners import Partitioner
 from fl_lightning.data.targets import find_targets
 from fl_lightning.errors import MisconfigurationException
+from fl_lightning.packages import lightning_base
 from fl_lightning.seeding import seed_for
 from fl_lightning.types import ClientId
 
@@ -302,9 +303,9 @@ def _check_arguments(datamodule: Any, partitioner: Any, client_val_fraction: flo
 
 def _defines(datamodule: Any, hook: str) -> bool:
     """Whether Lightning would call the hook overridden, for a data module of either package or a plain object."""
-    for base in type(datamodule).__mro__:
-        if base.__name__ == "LightningDataModule" and base.__module__.startswith(("lightning.", "pytorch_lightning.")):
-            return is_overridden(hook, datamodule, base)
+    base = lightning_base(datamodule, "LightningDataModule")
+    if base is not None:
+        return is_overridden(hook, datamodule, base)
     return callable(getattr(datamodule, hook, None))
 
 

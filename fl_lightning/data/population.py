@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler
 
 from fl_lightning.data.loaders import ClientLoaders
 from fl_lightning.errors import MisconfigurationException
+from fl_lightning.packages import lightning_base
 from fl_lightning.types import ClientId, Population
 
 __all__ = ["ClientPopulation", "MappingPopulation", "as_population", "client_size"]
@@ -253,11 +254,7 @@ def _unknown(client_id: ClientId, known: Sequence[ClientId]) -> str:
 
 
 def _is_datamodule(value: Any) -> bool:
-    """Whether it is a LightningDataModule of either package, without importing the one that is not in use."""
-    return any(
-        base.__name__ == "LightningDataModule" and base.__module__.startswith(("lightning.", "pytorch_lightning."))
-        for base in type(value).__mro__
-    )
+    return lightning_base(value, "LightningDataModule") is not None
 
 
 def _accepts_batch_size(source: Any) -> bool:

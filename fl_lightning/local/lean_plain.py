@@ -15,6 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch import nn
 
 from fl_lightning.local.settings import LocalSettings
+from fl_lightning.packages import lightning_base
 
 __all__ = ["lightning_module", "not_plain", "overrides", "strange_callback"]
 
@@ -126,10 +127,7 @@ def lightning_module(module: nn.Module) -> type | None:
     """Return the ``LightningModule`` that a module derives from: ``lightning``'s or ``pytorch_lightning``'s."""
     if isinstance(module, pl.LightningModule):  # also as the twin of a `pytorch_lightning` module
         return pl.LightningModule
-    for kind in type(module).__mro__:
-        if kind.__name__ == "LightningModule" and kind.__module__.startswith(("lightning.", "pytorch_lightning.")):
-            return kind
-    return None
+    return lightning_base(module, "LightningModule")
 
 
 def _strange_arguments(settings: LocalSettings) -> str | None:

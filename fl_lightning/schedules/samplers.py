@@ -97,8 +97,8 @@ class PowerOfChoiceSampler(Sampler):
     Args:
         candidates: how many clients are looked at, at least as many as take part.
         loss: the loss of a client as ``loss(client_id, round)``; pure, for the cohort to be pure. ``None`` asks the
-            candidates, as the paper does: each downloads the global model and passes once over its training data, which
-            costs it that download (not counted in ``num_bytes_down``) and the time of a pass.
+            candidates, as the paper does: each downloads the global model (counted in ``num_bytes_down``) and passes
+            once over its training data. Those that are chosen download again when the round begins.
         by_size: draw the candidates by their size, as the paper does; ``False`` draws them uniformly.
 
     Raises:

@@ -176,6 +176,9 @@ class Slope(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.4)
 
 
+SIDES = ("num_bytes_down", "num_bytes_up")
+
+
 @pytest.mark.parametrize("loop", ["auto", "lightning"])
 def test_power_of_choice_asks_the_clients_and_disturbs_nothing(loop: Any) -> None:
     optima = {"a": 0.0, "b": 1.0, "c": 4.0, "d": 5.0}
@@ -205,6 +208,10 @@ def test_power_of_choice_asks_the_clients_and_disturbs_nothing(loop: Any) -> Non
     told = FederatedTrainer(sampler=FixedSampler(cohorts), **quiet)
     told.fit(other := Slope(), data)
     assert torch.equal(module.x, other.x)
+    # four candidates download the model on top of the cohort of two, and are no part of the cohort's upload
+    down, up = ([[getattr(r, name) for r in t.round_history] for t in (trainer, told)] for name in SIDES)
+    assert down[0] == [3 * num_bytes for num_bytes in down[1]]
+    assert up[0] == up[1]
 
 
 def test_power_of_choice_has_nobody_to_ask_outside_of_a_fit() -> None:
