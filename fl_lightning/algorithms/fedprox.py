@@ -17,6 +17,7 @@ __all__ = ["FedProx"]
 
 _STEP = 0.1
 """How far mu moves at a time (Li et al. 2020, section 5.3.2)."""
+_KEY = "start loss"
 _PATIENCE = 5
 """Rounds of falling loss after which mu goes down (the same section)."""
 
@@ -31,8 +32,9 @@ class FedProx(Algorithm):
 
     Args:
         mu: strength of the proximal term, >= 0; 0 is FedAvg, bit for bit.
-        adaptive: start from ``mu`` and let it follow the cohort's loss at the start of each round: up by 0.1 when the
-            loss rose, down by 0.1 after five rounds in which it fell. Costs the clients a pass over their data.
+        adaptive: start from ``mu`` and let it follow the loss of the global model: up by 0.1 when it rose, down by 0.1
+            after five rounds in which it fell. Each client of the cohort compares with the last time that it took part,
+            because another cohort has another loss also when the model stays. Costs a pass over the clients' data.
         server_optimizer: parameters to the server's torch optimizer; ``None`` is ``SGD(lr=1)``.
         server_lr_scheduler: optimizer to a learning-rate scheduler, stepped once a round.
         weights: ``"examples"``, ``"uniform"``, or a callable ``ClientUpdate -> float``.
@@ -67,11 +69,14 @@ class FedProx(Algorithm):
     def contribute(self, update: ClientUpdate, task: ClientTask, memory: Memory) -> tuple[Contribution, Memory | None]:
         contribution, memory_next = super().contribute(update, task, memory)
         if self.adaptive:
-            contribution.scalars["loss"] = contribution.scalars["weight"] * float(update.extra["start_loss"])
+            loss = float(update.extra["start_loss"])
+            # who was never asked before has nothing to compare with
+            contribution.scalars["rise"] = contribution.scalars["weight"] * (loss - memory.get(_KEY, loss))
+            memory_next = {_KEY: loss}
         return contribution, memory_next
 
     def init_state(self, model: Tree) -> State:
-        return {"mu": self.mu, "loss": None, "falling": 0} if self.adaptive else {}
+        return {"mu": self.mu, "falling": 0} if self.adaptive else {}
 
     def broadcast(self, state: State) -> Mapping[str, Tree]:
         return {"fedprox": {"mu": torch.tensor(state["mu"], dtype=torch.float64)}} if self.adaptive else {}
@@ -79,7 +84,7 @@ class FedProx(Algorithm):
     def apply(self, total: Contribution, state: State, num_clients: int) -> tuple[Tree, State]:
         gradient, state = super().apply(total, state, num_clients)
         if self.adaptive:
-            state = _followed(state, total.scalars["loss"] / total.scalars["weight"])
+            state = _followed(state, total.scalars["rise"])
         return gradient, state
 
 
@@ -94,13 +99,13 @@ class _BroadcastProximalTerm(ProximalTerm):
         self.mu = float(task.broadcast["fedprox"]["mu"])
 
 
-def _followed(state: State, loss: float) -> State:
-    """Return the state after a round that started from this loss."""
-    mu, before, falling = float(state["mu"]), state["loss"], int(state["falling"])
-    if before is not None and loss > before:
+def _followed(state: State, rise: float) -> State:
+    """Return the state after a round before which the loss rose by this much, or fell."""
+    mu, falling = float(state["mu"]), int(state["falling"])
+    if rise > 0:
         mu, falling = mu + _STEP, 0
-    elif before is not None and loss < before:
+    elif rise < 0:
         falling += 1
         if falling == _PATIENCE:
             mu, falling = max(0.0, mu - _STEP), 0
-    return {"mu": mu, "loss": loss, "falling": falling}
+    return {"mu": mu, "falling": falling}

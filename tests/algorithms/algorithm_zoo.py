@@ -61,6 +61,8 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "Scaffold II": partial(Scaffold, "II"),
 }
 
+WITH_OWN_MODELS = ("APFL", "APFL adaptive", "Ditto", "FedPer", "FedRep")
+
 
 def drawn(name: str, clients_per_round: int) -> dict[str, int]:
     """Return the argument that draws a cohort; an asynchronous algorithm keeps clients at work instead."""

@@ -1,4 +1,8 @@
-"""Trains every algorithm for three rounds on the processes that ``torchrun`` started, and saves the weights."""
+"""Trains every algorithm for three rounds on the processes that ``torchrun`` started, and saves the weights.
+
+Of algorithms that leave clients a model or layers of their own it also saves what these are worth: the metrics of all
+clients, which live in the memory of the process that trained them last.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from algorithm_zoo import ALGORITHMS, Net, clients, drawn, weights
+from algorithm_zoo import ALGORITHMS, WITH_OWN_MODELS, Judged, Net, Sites, clients, drawn, weights
 from quadratics import quiet_trainer
 
 if __name__ == "__main__":
@@ -26,5 +30,14 @@ if __name__ == "__main__":
         module = Net()
         trainer.fit(module, clients((12, 20, 7, 9, 16)))
         results[name] = weights(module)
+    for name in WITH_OWN_MODELS:
+        pl.seed_everything(5, verbose=False)
+        trainer = quiet_trainer(
+            algorithm=ALGORITHMS[name](), max_rounds=3, devices=processes, strategy="ddp", evaluate_clients=True,
+            clients_per_round=2,
+        )  # fmt: skip
+        trainer.fit(Judged(), Sites(shuffle=True))
+        metrics = trainer.round_history[-1].metrics
+        results[f"{name}: own models"] = {k: torch.tensor(v) for k, v in metrics.items() if k.startswith("clients/")}
     if int(os.environ["RANK"]) == 0:
         torch.save(results, sys.argv[1])

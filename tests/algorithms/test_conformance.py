@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from algorithm_zoo import ALGORITHMS, Net, Normalised, Still, clients, drawn, identical, weights
+from algorithm_zoo import ALGORITHMS, WITH_OWN_MODELS, Net, Normalised, Still, clients, drawn, identical, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from quadratics import quiet_trainer
@@ -318,7 +318,9 @@ def test_two_processes_give_the_bits_of_one(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(torch.load(target, weights_only=True))
     one, two = results
-    assert one.keys() == ALGORITHMS.keys()
+    assert one.keys() == ALGORITHMS.keys() | {f"{name}: own models" for name in WITH_OWN_MODELS}
+    assert all("clients/val_loss" in one[f"{name}: own models"] for name in WITH_OWN_MODELS)
+    assert "clients/personal/val_loss" in one["APFL: own models"]
     different = [name for name in one if not identical(one[name], two[name])]
     assert not different
 

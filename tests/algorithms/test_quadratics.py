@@ -10,12 +10,27 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from quadratics import OPTIMA, STEPS, WEIGHTS, Quadratic, client, fixed_point, parabola, shares, trajectory, unequal
+from quadratics import (
+    OPTIMA,
+    STEPS,
+    WEIGHTS,
+    Quadratic,
+    client,
+    fixed_point,
+    parabola,
+    quiet_trainer,
+    shares,
+    trajectory,
+    unequal,
+)
 from torch.utils.data import DataLoader
 
 from fl_lightning.algorithms import FedAvg, FedDyn, FedNova, FedProx, MimeLite, Scaffold
+from fl_lightning.schedules import FixedSampler
+from fl_lightning.types import ClientTask, ClientUpdate
 
 
 def weighted_fixed_point(factors: list[float]) -> float:
@@ -197,16 +212,33 @@ def test_mimelite_follows_the_paper_number_by_number(beta: float) -> None:
 
 
 def test_adaptive_fedprox_raises_mu_while_the_loss_rises_and_lowers_it_after_five_better_rounds() -> None:
-    from fl_lightning.types import Contribution
-
     algorithm = FedProx(mu=0.2, adaptive=True)
-    state = algorithm.init_state({})
+    state, memory = algorithm.init_state({}), {}
     seen = []
     for loss in [3.0, 4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 1.2, 1.2]:
-        total = Contribution({"delta": {}}, {"weight": 2.0, "loss": 2 * loss})
+        update = ClientUpdate("a", {}, {}, num_examples=2, num_steps=1, extra={"start_loss": loss})
+        total, memory = algorithm.contribute(update, ClientTask("a", 0, 0, {}, seed=0), memory)
         _, state = algorithm.apply(total, state, num_clients=3)
         seen.append(round(state["mu"], 6))
     assert seen == [0.2, 0.3, 0.3, 0.3, 0.3, 0.3, 0.2, 0.2, 0.3, 0.3]
+
+
+def test_adaptive_fedprox_is_not_misled_by_unlike_cohorts() -> None:
+    """Losses of two clients, near 0 and near 50, that take turns: each falls, from round to round they jump."""
+    clients = {"low": client(parabola(1.0, 1.0)), "high": client(parabola(1.0, 10.0))}
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            mus.append(round(trainer.federated_fit.federation.state["mu"], 6))
+
+    for lr, expected in ((0.01, [0.3] * 6 + [0.2] * 4), (2.5, [0.3, 0.3, 0.4, 0.5])):
+        mus: list[float] = []
+        trainer = quiet_trainer(
+            algorithm=FedProx(0.3, adaptive=True), max_rounds=len(expected), callbacks=[Watch()],
+            sampler=FixedSampler([["high"], ["low"]]),
+        )  # fmt: skip
+        trainer.fit(Quadratic(0.0, lr), clients)
+        assert mus == expected
 
 
 def test_adaptive_fedprox_measures_the_loss_of_the_global_model() -> None:
