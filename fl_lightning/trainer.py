@@ -25,6 +25,7 @@ from fl_lightning.evaluating import EvaluatingTrainer
 from fl_lightning.federation_settings import FederationSettings
 from fl_lightning.fitting import FederatedFit
 from fl_lightning.inputs import check_strategy, plain_module, prepare_server_arguments, sort_data
+from fl_lightning.local.client_results import ClientResults
 from fl_lightning.local.quiet import without_hints
 from fl_lightning.local.settings import LocalSettings
 from fl_lightning.personal_models import SavesPersonalModels
@@ -309,6 +310,7 @@ class FederatedTrainer(SavesPersonalModels, EvaluatingTrainer):
         if self.state.fn == TrainerFn.FITTING:
             # whatever the data module offers for training belongs to the clients
             self.fit_loop._data_source.instance = RoundLoader()
+            self.fit_loop.epoch_loop._results = ClientResults(training=True)  # a round's values cost a third in it
         return super()._run(model, *args, **kwargs)
 
     def _is_last(self, model: Any) -> bool:

@@ -114,7 +114,10 @@ def client(num_clients: int, turns: int = 5, rounds: int = 4, few: int = 2, many
     Every turn runs all loops with few and with many steps; the line through the two is the cost, and the median over
     turns of the difference to the plain loop of the same turn is reported. The outer round is part of the fixed cost.
     """
-    cases = {(loop, logs): [] for loop in ("lightning", "lean") for logs in (False, True)}  # type: ignore[var-annotated]
+    cases: dict[tuple[str, bool], list[list[float]]] = {
+        (loop, logs): [] for loop in ("lightning", "lean") for logs in (False, True)
+    }
+    plain_lines = []
     for _ in range(turns):
         lines = {}
         for case in [("plain", False), *cases]:
@@ -127,9 +130,11 @@ def client(num_clients: int, turns: int = 5, rounds: int = 4, few: int = 2, many
             step = (seconds[1] - seconds[0]) / (many - few)
             lines[case] = (seconds[0] - few * step, step)
         base = lines.pop(("plain", False))
+        plain_lines.append(base)
         for case, line in lines.items():
             cases[case].append([1e6 * (own - plain) for own, plain in zip(line, base, strict=True)])
-    found: dict[str, float] = {"clients": num_clients}
+    fixed, step = (1e6 * median(part) for part in zip(*plain_lines, strict=True))
+    found: dict[str, float] = {"clients": num_clients, "plain_us_a_client": fixed, "plain_us_a_step": step}
     for (loop, logs), differences in cases.items():
         name = f"{loop}{'_with_log' if logs else ''}"
         found[f"{name}_us_a_client"] = median(fixed for fixed, _ in differences)

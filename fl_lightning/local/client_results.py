@@ -31,7 +31,7 @@ class _StayingMetric(_ResultMetric):
 
 
 class ClientResults(_ResultCollection):
-    """What one loop of a client's Trainer logs.
+    """What one loop of a client's Trainer logs, or the server's loop of rounds.
 
     Lightning calls ``to(device)`` on a value at every ``self.log``, and on all at the end of a fit, and that call
     copies and walks through everything that the value's metric holds, metadata included: a quarter of a small client's

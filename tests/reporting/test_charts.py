@@ -77,6 +77,30 @@ def test_what_is_not_finite_is_no_bar(tmp_path: Path, raw_events: Callable[..., 
     assert (tag, histogram.num, histogram.max) == ("some", 1, 2.0)
 
 
+@pytest.mark.parametrize(
+    "drawn",
+    [[1.0], [2.0] * 3, [0.0, 30.0], range(31), [0.1, 0.3, 0.7, 0.9], np.random.default_rng(0).normal(size=99)],
+    ids=["one", "equal", "ends", "edges", "few", "many"],
+)  # fmt: skip
+def test_a_histogram_is_the_one_that_torch_writes(tmp_path: Path, raw_events: Callable[..., Any], drawn: Any) -> None:
+    with SummaryWriter(str(tmp_path / "ours")) as writer:
+        add_client_histograms(writer, 1, {"some": dict(enumerate(map(float, drawn)))})
+    with SummaryWriter(str(tmp_path / "torch")) as writer:
+        writer.add_histogram("some", np.asarray(drawn, dtype=float), 1, bins=30)
+    ours, theirs = (
+        [value for event in raw_events(tmp_path / who) for value in event.summary.value] for who in ("ours", "torch")
+    )
+    assert ours == theirs
+
+
+def test_values_that_differ_in_the_last_bit_are_drawn(tmp_path: Path, raw_events: Callable[..., Any]) -> None:
+    close = [1.0, float(np.nextafter(1.0, 2.0))]  # too close for torch, which raises
+    with SummaryWriter(str(tmp_path)) as writer:
+        add_client_histograms(writer, 1, {"some": dict(enumerate(close))})
+    ((histogram,),) = [[v.histo for v in event.summary.value] for event in raw_events(tmp_path) if event.summary.value]
+    assert sum(histogram.bucket) == 2
+
+
 def test_the_spread_has_four_numbers() -> None:
     accuracy = {client: client / 20 for client in range(20)}
     assert spread_metrics("clients/val_acc", accuracy) == pytest.approx(

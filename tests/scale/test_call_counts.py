@@ -18,10 +18,10 @@ import pytest
 BOUNDS = {
     "lean False": (118, 1210),
     "lean True": (128, 1230),
-    "lightning False": (2045, 4900),
-    "lightning True": (2320, 5425),
+    "lightning False": (1755, 4870),
+    "lightning True": (2030, 5415),
 }
-ROUND = 5100
+ROUND = 3225
 
 
 @pytest.fixture(scope="module")
