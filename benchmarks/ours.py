@@ -21,6 +21,7 @@ from benchmarks.contenders import Contender, Run, Stopwatch
 from benchmarks.program import run_program
 from benchmarks.workloads import Workload
 from fl_lightning import FederatedTrainer
+from fl_lightning.aggregation import gather_objects
 
 __all__ = ["LOOPS", "Clients", "Module", "Rounds", "federation", "ours", "silence"]
 
@@ -135,6 +136,8 @@ def _of_this_rank(workload: Workload, rounds: int, processes: int, arguments: di
     run.steps = [report.num_steps for report in trainer.round_history]
     run.losses = [report.metrics["loss"] for report in trainer.round_history]
     run.accuracies = [report.metrics["acc"] for report in trainer.round_history]
+    # a round is as long as that of the process with the most to do, when each has a core to itself
+    run.cpu = [max(ranks) for ranks in zip(*gather_objects(run.cpu), strict=True)]
     return run if trainer.is_global_zero else None
 
 
@@ -142,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--loop", choices=sorted(LOOPS), default="auto")
     chosen, rest = parser.parse_known_args()
+    pl.seed_everything(0, verbose=False)  # cohorts and losses of one process are then those of two
     run_program(partial(_of_this_rank, arguments=LOOPS[chosen.loop]), rest)
 
 

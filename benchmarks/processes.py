@@ -1,4 +1,8 @@
-"""``python -m benchmarks processes``: wall seconds of a round in two processes over those in one.
+"""``python -m benchmarks processes``: seconds of a round in two processes over those in one.
+
+Wall seconds need a machine with two cores to spare. CPU seconds do not: for fl_lightning they are those of the process
+with the most to do, which is how long a round takes when each process has a core, but for waiting on messages. Those of
+a peer are of its first process (pfl) or of everything that it runs (BlazeFL's threads, Flower's actors).
 
 Each run is a program of its own, as a user starts it; ours is ``devices=2, strategy="ddp"``. Peers that can work in two
 processes or threads are measured beside it with ``--peers``.
@@ -32,31 +36,35 @@ def _ours(workload: Workload, rounds: int, processes: int, loop: str) -> Run:
     return last_run(command, f"fl_lightning in {processes} processes")
 
 
-def compare(workload: Workload, contenders: Mapping[str, Contender], turns: int, rounds: int) -> dict[str, list[float]]:
-    """Return each contender's seconds a round (the median of a run), turn by turn; the first round warms up.
+def compare(
+    workload: Workload, contenders: Mapping[str, Contender], turns: int, rounds: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Return each contender's wall and CPU seconds a round (medians of a run), turn by turn; the first round warms up.
 
     Raises:
         AssertionError: when a contender did other steps than the rest, or did not learn.
     """
-    found: dict[str, list[float]] = {name: [] for name in contenders}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     names = list(contenders)
     for turn in range(turns):
         for name in names if turn % 2 == 0 else reversed(names):
             run = contenders[name](workload, rounds + 1)
             check(workload, name, run)
-            found[name].append(median(run.wall[1:]))
+            found[name].append((median(run.wall[1:]), median(run.cpu[1:])))
     return found
 
 
-def _print(workload: Workload, found: Mapping[str, list[float]], base: str) -> None:
-    print(
-        f"\n{workload.name} {workload.title}\n\n| contender | wall s/round | times as fast as {base} |\n|---|---|---|"
-    )
+def _print(workload: Workload, found: Mapping[str, list[tuple[float, float]]], base: str) -> None:
+    print(f"\n{workload.name} {workload.title}; times as fast as {base} (quartiles)\n")
+    print("| contender | wall s/round | times as fast | CPU s/round | times as fast |\n|---|---|---|---|---|")
     for name, seconds in found.items():
-        ratios = sorted(one / own for one, own in zip(found[base], seconds, strict=True))
-        quarter = (len(ratios) - 1) // 4
-        spread = f"{median(ratios):.2f} ({ratios[quarter]:.2f}-{ratios[-1 - quarter]:.2f})"
-        print(f"| {name} | {median(seconds):.4g} | {spread} |", flush=True)
+        cells = []
+        for clock in (0, 1):
+            ratios = sorted(one[clock] / own[clock] for one, own in zip(found[base], seconds, strict=True))
+            quarter = (len(ratios) - 1) // 4
+            spread = f"{median(ratios):.2f} ({ratios[quarter]:.2f}-{ratios[-1 - quarter]:.2f})"
+            cells += [f"{median(turn[clock] for turn in seconds):.4g}", spread]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -36,10 +37,10 @@ def evaluation(num_clients: int) -> dict[str, float]:
 
 def workers(num_workers: int, num_clients: int = 20) -> dict[str, float]:
     """Clients a second when their loaders have worker processes (W1's data and model)."""
-    run, workload = Run(), WORKLOADS["W1"]
+    run, workload = Run(), replace(WORKLOADS["W1"], num_clients=10 * num_clients, cohort=num_clients)
     silence()
     with TemporaryDirectory() as folder:
-        trainer = federation(workload, 4, run, folder, clients_per_round=num_clients)
+        trainer = federation(workload, 4, run, folder)
         trainer.fit(Module(workload.model(), workload.lr), datamodule=Clients(workload, num_workers))
     return {"workers": num_workers, "clients_a_second": num_clients / median(run.wall[1:])}
 

@@ -54,9 +54,9 @@ def rounds(count: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def large(num_clients: int) -> dict[str, float]:
+def large(num_clients: int, width: int = 4950) -> dict[str, float]:
     """A round of a model of 25 million parameters (100 MB), one step a client; 0 trains the plain module."""
-    network = nn.Sequential(nn.Linear(60, 5000), nn.ReLU(), nn.Linear(5000, 4900), nn.ReLU(), nn.Linear(4900, 10))
+    network = nn.Sequential(nn.Linear(60, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
     module = Module(network, 0.01)
     data = Same(max(num_clients, 1), 10, 60)
     begin, cpu = time.perf_counter(), time.process_time()
