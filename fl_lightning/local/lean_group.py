@@ -21,8 +21,9 @@ from fl_lightning.local.job import Outcome
 from fl_lightning.local.lean_client import Facts, configure
 from fl_lightning.local.lean_group_corrections import Corrections
 from fl_lightning.local.lean_group_data import GroupData, Member
+from fl_lightning.local.lean_group_linear import FusedLinears, plain_sgd, step_weight
 from fl_lightning.local.lean_group_log import GroupLog, Tick
-from fl_lightning.local.lean_stack import CannotGroup, Rates, Rows, StackedOptimizer, put, stacked, take
+from fl_lightning.local.lean_stack import CannotGroup, Rate, Rates, Rows, StackedOptimizer, put, stacked, take
 from fl_lightning.local.lean_trainer import LeanTrainer, Progress
 from fl_lightning.local.recorder import ClientLogger
 from fl_lightning.types import ClientUpdate, Tree
@@ -39,9 +40,12 @@ class Group:
         uses_index: whether ``training_step`` looks at the index of a batch, so that only clients with equal indices go
             together.
         log_every: ``log_every_n_steps``.
+        fuses: whether plain SGD steps the weights of linear layers within the backward pass, where that is possible.
     """
 
-    def __init__(self, facts: Facts, members: Sequence[Member], uses_index: bool, log_every: int) -> None:
+    def __init__(
+        self, facts: Facts, members: Sequence[Member], uses_index: bool, log_every: int, fuses: bool = True
+    ) -> None:
         self.facts = facts
         self.module = facts.module
         self.members = members
@@ -59,11 +63,18 @@ class Group:
         names = {id(p): name for name, p in self.module.named_parameters()}
         order = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._names = [names[id(p)] for p in order]
+        self._group_of = [i for i, group in enumerate(self._optimizer.param_groups) for _ in group["params"]]
         self._start = [p.detach().clone() for p in order]
-        linear = {part.weight for part in self.module.modules() if type(part) is nn.Linear}
-        self.params = [stacked(p.detach(), len(members), turned=p in linear) for p in order]
-        self._stacked = StackedOptimizer(self._optimizer, self.params)
         self._corrections = Corrections.of(members, facts.module)
+        linears = FusedLinears.of(self.module, self._names)
+        fuses = fuses and plain_sgd(self._optimizer) and not self._corrections.templates and not facts.clip
+        self._fused = linears if fuses else FusedLinears({})
+        turned = linears.parts.keys() - self._fused.parts.keys()
+        self.params = [
+            stacked(p.detach(), len(members), turned=name in turned)
+            for name, p in zip(self._names, order, strict=True)
+        ]
+        self._stacked = StackedOptimizer(self._optimizer, self.params)
         self._losses = vmap(self._loss, randomness="different")
         self._wrapper = _Step(self.module)
         self._interval = configs[0] if configs else None
@@ -90,7 +101,7 @@ class Group:
             CannotGroup: for a parameter without a gradient, which an optimizer leaves out and a group would not.
         """
         batch = self._data.batch(1, 0, self.members[0].sizes(0)[0])
-        loss, _ = self._loss({}, [tensor[0] for tensor in batch])
+        loss, *_ = self._loss({}, [tensor[0] for tensor in batch])
         order = [p for group in self._optimizer.param_groups for p in group["params"]]
         for name, grad in zip(self._names, torch.autograd.grad(loss, order, allow_unused=True), strict=True):
             if grad is None:
@@ -103,14 +114,15 @@ class Group:
         self.log.keep_ticks = any(member.job.logged for member in self.members)
         versions = [buffer._version for buffer in self.module.buffers()]
         sizes = [member.sizes(0) for member in self.members]
-        while any(sizes):
-            self._progress.epoch = self._epoch
-            active = [row for row, mine in enumerate(sizes) if mine]
-            self.log.begin_epoch(torch.tensor(active))
-            self._data.begin_epoch(self._epoch, active)
-            self._run_epoch(sizes)
-            self._epoch += 1
-            sizes = [member.sizes(self._epoch) for member in self.members]
+        with self._fused.forwards():
+            while any(sizes):
+                self._progress.epoch = self._epoch
+                active = [row for row, mine in enumerate(sizes) if mine]
+                self.log.begin_epoch(torch.tensor(active))
+                self._data.begin_epoch(self._epoch, active)
+                self._run_epoch(sizes)
+                self._epoch += 1
+                sizes = [member.sizes(self._epoch) for member in self.members]
         if versions != [buffer._version for buffer in self.module.buffers()]:
             raise CannotGroup("training_step writes to its buffers")
 
@@ -137,38 +149,54 @@ class Group:
         begin = indices[0] if len(set(indices)) == 1 else torch.tensor(indices)
         batch = self._data.batch(rows, begin, size)
         params = take(self.params, rows)
-        raw, logged = self._gradients(params, batch)
-        grads = self._corrections.apply(rows, dict(zip(self._names, params, strict=True)), raw)
-        found = [grads[name] for name in self._names]
+        rates = self._rates_at(which, indices, sizes)
+        found, logged = self._gradients(params, batch, rates)
+        if self._corrections.templates:
+            named = dict(zip(self._names, params, strict=True))
+            grads = self._corrections.apply(rows, named, dict(zip(self._names, found, strict=True)))
+            found = [grads[name] for name in self._names]
         if self.facts.clip:
             found = _clipped(found, self.facts.clip, self.facts.clip_algorithm)
-        self._stacked.step(rows, params, found, self._rates_at(which, indices, sizes), [self._counts[r] for r in which])
+        self._stacked.step(rows, params, found, rates, [self._counts[r] for r in which])
         put(self.params, rows, params)
         for row in which:
             self._counts[row] += 1
         last = [index + 1 == len(sizes[row]) for row, index in zip(which, indices, strict=True)]
         self.log.absorb(Tick(rows, self._epoch, size, logged, last))
 
-    def _gradients(self, params: list[Tensor], batch: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return each client's gradients and what it logged.
+    def _gradients(
+        self, params: list[Tensor], batch: list[Tensor], rates: Sequence[Rate]
+    ) -> tuple[list[Any], dict[str, Tensor]]:
+        """Return each client's gradients, ``None`` for weights that have made their step, and what it logged.
 
         No client's loss depends on another one's parameters, so the gradient of their sum is everyone's own. Autograd
         outside of vmap walks back over plain batched tensors; vmap over ``torch.func.grad`` would go through its
         dispatcher for every operation of the backward pass as well.
         """
-        leaves = [param.detach().requires_grad_() for param in params]
-        losses, logged = self._losses(dict(zip(self._names, leaves, strict=True)), batch)
-        grads = torch.autograd.grad(losses.sum(), leaves)
-        return dict(zip(self._names, grads, strict=True)), logged
+        leaves = {n: p.detach().requires_grad_() for n, p in zip(self._names, params, strict=True)}
+        losses, logged, kept = self._losses(leaves, batch)
+        if not self._fused.parts:
+            return list(torch.autograd.grad(losses.sum(), list(leaves.values()))), logged
+        loss = losses.sum()
+        outputs = self._fused.outputs(loss, leaves, kept)
+        rest = [name for name in self._names if name not in self._fused.parts]
+        found = torch.autograd.grad(loss, [*outputs, *(leaves[name] for name in rest)])
+        decays = [group["weight_decay"] for group in self._optimizer.param_groups]
+        for name, at, grad in zip(self._fused.parts, map(self._names.index, self._fused.parts), found, strict=False):
+            group = self._group_of[at]
+            step_weight(params[at], kept[name][0], grad, rates[group], decays[group])
+        grads = dict(zip(rest, found[len(outputs) :], strict=True))
+        return [grads.get(name) for name in self._names], logged
 
-    def _loss(self, params: Tree, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, params: Tree, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor], Any]:
         arguments = (batch, self._index) if self.facts.takes_index else (batch,)
         self.log.begin()
+        self._fused.begin()
         output = functional_call(self._wrapper, {f"module.{name}": p for name, p in params.items()}, arguments)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise CannotGroup("training_step returned no loss")
-        return loss.reshape(()), self.log.logged()
+        return loss.reshape(()), self.log.logged(), self._fused.kept()
 
     def _rates_at(self, which: list[int], indices: list[int], sizes: Sequence[list[int]]) -> list[float | Tensor]:
         rates = [self._rates[row].at(self._scheduled(row, i)) for row, i in zip(which, indices, strict=True)]

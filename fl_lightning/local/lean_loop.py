@@ -18,6 +18,7 @@ from fl_lightning.local.lean_client import Facts, Fit
 from fl_lightning.local.lean_data import TensorBatches, batches_of
 from fl_lightning.local.lean_group import Group
 from fl_lightning.local.lean_group_data import Member
+from fl_lightning.local.lean_group_linear import CannotFuse
 from fl_lightning.local.lean_grouping import cannot_group, chunks, group_size
 from fl_lightning.local.lean_plain import not_plain, strange_callback
 from fl_lightning.local.lean_stack import CannotGroup
@@ -62,6 +63,7 @@ class LeanLoop(LightningLoop):
         self.group_trouble: str | None = None
         """Why the last group that failed did; unlike ``group_reason`` it does not keep the next group from trying."""
         self._uses_index = self._checked = False
+        self._fuses = True
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
         """Run clients one after the other or in groups, in this loop as long as it is exact."""
@@ -138,12 +140,27 @@ class LeanLoop(LightningLoop):
         return outcomes
 
     def _together(self, members: Sequence[Member], uses_index: bool) -> list[Outcome]:
+        if self._fuses:
+            try:
+                return self._train_together(members, uses_index)
+            except (CannotFuse, RuntimeError):
+                # a weight was needed after its step, or something else is wrong, which shows again with whole gradients
+                self._fuses = False
+                try:
+                    return self._train_together(members, uses_index)
+                except BaseException:
+                    self._fuses = True
+                    raise
+        return self._train_together(members, uses_index)
+
+    def _train_together(self, members: Sequence[Member], uses_index: bool) -> list[Outcome]:
         task = members[0].job.task
         self.worker.restore()
         load_tensors(self.worker.module, [self.settings.static, task.broadcast["model"]])
-        group = Group(self.facts, members, uses_index, self.trainer._log_every)
+        group = Group(self.facts, members, uses_index, self.trainer._log_every, self._fuses)
         if not self._checked:
-            group.check()
+            with forked_rng(task.seed):  # who trains first must not draw other numbers than who trains later
+                group.check()
             self._checked = True
         group.train()
         changed = self.worker.changed()

@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fl_lightning.local.client_state import scale_learning_rates
 from fl_lightning.local.lean_step import ordinary
 
-__all__ = ["CannotGroup", "Rates", "Rows", "StackedOptimizer", "put", "stacked", "take"]
+__all__ = ["CannotGroup", "Rate", "Rates", "Rows", "StackedOptimizer", "beside", "put", "stacked", "take"]
 
 Rows: TypeAlias = int | Tensor
 """Some clients of a group: the first ``n``, or those at the positions of a tensor."""
@@ -63,8 +63,8 @@ def put(stack: Sequence[Tensor], rows: Rows, values: Sequence[Tensor]) -> None:
             tensor.index_copy_(0, rows, value)
 
 
-def _beside(rate: Tensor, tensor: Tensor) -> Tensor:
-    # one number for each client, against (clients, *shape)
+def beside(rate: Tensor, tensor: Tensor) -> Tensor:
+    """Return one number for each client in a shape that stands against ``(clients, *shape)``."""
     return rate.to(tensor.dtype).view(-1, *[1] * (tensor.ndim - 1))
 
 
@@ -145,22 +145,29 @@ class StackedOptimizer:
         self._second = [torch.zeros_like(p) for p in params] if self._adaptive else []
 
     def step(
-        self, rows: Rows, params: list[Tensor], grads: list[Tensor], rates: Sequence[Rate], counts: Sequence[int]
+        self,
+        rows: Rows,
+        params: list[Tensor],
+        grads: Sequence[Tensor | None],
+        rates: Sequence[Rate],
+        counts: Sequence[int],
     ) -> None:
         """Step some clients in place.
 
         Args:
             rows: which.
             params: their parameters, from :func:`take`.
-            grads: their gradients, of the same shapes.
+            grads: their gradients, of the same shapes; ``None`` where plain SGD's step has been made already.
             rates: for each parameter group one learning rate, or one for each of the clients.
             counts: how many steps each of the clients has made before.
         """
         for group, part, rate in zip(self._groups, self._slices, rates, strict=True):
+            pairs = [(p, g) for p, g in zip(params[part], grads[part], strict=True) if g is not None]
+            left, own = [p for p, _ in pairs], [g for _, g in pairs]
             if self._adaptive:
-                self._adam(group, part, rows, params[part], grads[part], rate, counts)
+                self._adam(group, part, rows, left, own, rate, counts)
             else:
-                self._sgd(group, part, rows, params[part], grads[part], rate)
+                self._sgd(group, part, rows, left, own, rate)
 
     def _sgd(
         self, group: dict[str, Any], part: slice, rows: Rows, params: list[Tensor], grads: list[Tensor], rate: Rate
@@ -179,7 +186,7 @@ class StackedOptimizer:
             torch._foreach_add_(params, grads, alpha=-rate)
             return
         for param, grad in zip(params, grads, strict=True):
-            param.addcmul_(grad, _beside(-rate, param))
+            param.addcmul_(grad, beside(-rate, param))
 
     def _adam(
         self,
@@ -206,6 +213,6 @@ class StackedOptimizer:
         root = (1 - beta2**done).sqrt()
         for param, m, v in zip(params, first, second, strict=True):
             if decay and group.get("decoupled_weight_decay"):
-                param.mul_(1 - rate * decay if isinstance(rate, float) else _beside(1 - rate * decay, param))
-            denominator = (v.sqrt() / _beside(root, v)).add_(group["eps"])
-            param.sub_(m * _beside(size, m) / denominator)
+                param.mul_(1 - rate * decay if isinstance(rate, float) else beside(1 - rate * decay, param))
+            denominator = (v.sqrt() / beside(root, v)).add_(group["eps"])
+            param.sub_(m * beside(size, m) / denominator)
