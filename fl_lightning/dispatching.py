@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
@@ -226,10 +227,8 @@ class Dispatcher:
     def _task(self, dispatch: Dispatch, round: int, step_offset: int) -> ClientTask:
         purpose = f"training {dispatch.repeat}" if dispatch.repeat else "training"
         seed = seed_for(self.settings.seed, dispatch.version, dispatch.client_id, purpose)
-        task = ClientTask(
-            dispatch.client_id, round, dispatch.dispatch_id, self.versions[dispatch.version], seed, dispatch.work
-        )
-        return task.with_work(step_offset=step_offset)
+        work = replace(dispatch.work, step_offset=step_offset) if step_offset else dispatch.work
+        return ClientTask(dispatch.client_id, round, dispatch.dispatch_id, self.versions[dispatch.version], seed, work)
 
     # ---- how much work that is ---------------------------------------------------------------------------------
 

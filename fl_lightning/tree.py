@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -54,6 +55,9 @@ def difference(left: Tree, right: Tree) -> dict[str, Tensor]:
 
 def add_(total: dict[str, Tensor], tree: Tree) -> None:
     """Add ``tree`` to ``total`` in place; names that ``total`` lacks are copied in."""
+    if total.keys() == tree.keys():
+        torch._foreach_add_(list(total.values()), [tree[name] for name in total])
+        return
     known = [name for name in tree if name in total]
     if known:
         torch._foreach_add_([total[name] for name in known], [tree[name] for name in known])
@@ -96,7 +100,10 @@ def norm(tree: Tree) -> float:
     tensors = [tensor if tensor.is_floating_point() else tensor.float() for tensor in tree.values()]
     if not tensors:
         return 0.0
-    return float(torch.stack([part.double() for part in torch._foreach_norm(tensors)]).norm())
+    parts = torch._foreach_norm(tensors)
+    if tensors[0].device.type != "cpu":  # one wait for the device and not one for each tensor
+        return math.hypot(*torch.stack([part.double() for part in parts]).tolist())
+    return math.hypot(*(part.item() for part in parts))
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ written as bytes without pickle.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
@@ -105,10 +105,6 @@ class ClientTask:
     broadcast: Mapping[str, Tree]
     seed: int
     work: Work = field(default_factory=Work)
-
-    def with_work(self, **changes: Any) -> ClientTask:
-        """Return the task with some of its work changed."""
-        return replace(self, work=replace(self.work, **changes))
 
 
 @dataclass(slots=True)

@@ -66,11 +66,15 @@ class GroupData:
         self.begin_epoch(0, range(len(members)))
 
     def begin_epoch(self, epoch: int, active: Sequence[int]) -> None:
-        longest = max(len(self._orders[row][epoch]) for row in active)
+        orders = [self._orders[row][epoch] for row in active]
+        sizes = [order.shape[0] for order in orders]
+        longest = max(sizes)
+        if len(active) == len(self.members) and min(sizes) == longest:
+            self.order = torch.stack(orders).add_(torch.tensor(self._offsets).unsqueeze(1))
+            return
         self.order = torch.zeros(len(self.members), longest, dtype=torch.int64)
-        for row in active:
-            mine = self._orders[row][epoch]
-            self.order[row, : len(mine)] = mine + self._offsets[row] if self._offsets[row] else mine
+        for row, size, order in zip(active, sizes, orders, strict=True):
+            self.order[row, :size] = order + self._offsets[row]
 
     def batch(self, rows: Rows, index: int | Tensor, size: int) -> list[Tensor]:
         """Return batches of the rows, ``(rows, size, *example)``."""

@@ -90,14 +90,14 @@ def merge_parts(left: Part, right: Part) -> Part | None:
         >>> merge_parts(Mean(total=6.0, weight=2.0), Mean(total=1.0, weight=1.0))
         Mean(total=7.0, weight=3.0)
     """
+    if type(left) is Mean and type(right) is Mean:  # first, because almost all are
+        return Mean(left.total + right.total, left.weight + right.weight)
     if isinstance(left, LeftOut) or isinstance(right, LeftOut):
         return left if isinstance(left, LeftOut) else right
     if isinstance(left, TorchmetricPart) and isinstance(right, TorchmetricPart):
         if left.attribute != right.attribute:
             return None
         return TorchmetricPart(left.attribute, merge_states(left.state, right.state))
-    if isinstance(left, Mean) and isinstance(right, Mean):
-        return Mean(left.total + right.total, left.weight + right.weight)
     if isinstance(left, Total) and isinstance(right, Total):
         return Total(left.value + right.value)
     if isinstance(left, Min) and isinstance(right, Min):

@@ -73,7 +73,7 @@ class MetricSums(Mapping[str, Part]):
             MisconfigurationException: when a name was logged in two ways that do not go together.
         """
         parts, done = dict(self._parts), dict[tuple[int, int], Part]()
-        for name, right in other.items():
+        for name, right in other._parts.items():
             left = parts.get(name)
             if left is None:
                 parts[name] = right

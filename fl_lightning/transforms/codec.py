@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from fl_lightning.transforms.chaining import Chain
 from fl_lightning.transforms.errors import PayloadError
 from fl_lightning.tree import non_finite, num_bytes
 from fl_lightning.types import ClientId, ClientTask, Contribution, Memory, Tree
-from fl_lightning.wire import WireError, pack, unpack
+from fl_lightning.wire import WireError, pack, text_length, unpack
 
 __all__ = ["Codec", "PackedSize"]
 
@@ -91,9 +91,13 @@ class Codec:
 
     def size(self, contribution: Contribution, task: ClientTask) -> int:
         """Return the length of what :meth:`encode` returns without transforms, and write no byte."""
-        coded = {key: tree for key, tree in contribution.trees.items() if self._is_coded(key, tree)}
-        message = self._message(contribution, task, Payload(Contribution(coded, contribution.scalars), []))
-        return self._size(message, [_address(task), contribution.scalars], contribution.trees)
+        scalars = contribution.scalars
+
+        def message() -> list[Any]:
+            coded = {key: tree for key, tree in contribution.trees.items() if self._is_coded(key, tree)}
+            return self._message(contribution, task, Payload(Contribution(coded, scalars), []))
+
+        return self._size(message, [*_address(task), *scalars.values()], contribution.trees, tuple(scalars))
 
     def _message(self, contribution: Contribution, task: ClientTask, payload: Payload) -> list[Any]:
         exact = {key: tree for key, tree in contribution.trees.items() if not self._is_coded(key, tree)}
@@ -146,9 +150,9 @@ class Codec:
         sent = self.transform.broadcast(trees["model"], cohort, Exchange(self.seed, round), state)
         received = {**trees, "model": sent.model}
         if sent.num_bytes is None:
-            return received, self._size(received, None, received) * len(cohort), sent.state
+            return received, self._size(lambda: received, [], received) * len(cohort), sent.state
         rest = {key: tree for key, tree in trees.items() if key != "model"}
-        return received, self._size(rest, None, rest) * len(cohort) + sum(sent.num_bytes), sent.state
+        return received, self._size(lambda: rest, [], rest) * len(cohort) + sum(sent.num_bytes), sent.state
 
     def finish(self, total: Contribution, round: int, state: State) -> tuple[Contribution, State]:
         """Decode what is linear on the sum of a round, and let the transforms change it; returns their next state."""
@@ -191,27 +195,34 @@ class PackedSize:
         >>> import torch
         >>> trees = {"delta": {"w": torch.zeros(5)}}
         >>> size = PackedSize()
-        >>> [size([n, trees], n, trees) == len(pack([n, trees])) for n in (1, 1000, 0.25)]
+        >>> [size(lambda: [n, trees], [n], trees) == len(pack([n, trees])) for n in (1, 1000, 0.25)]
         [True, True, True]
     """
 
     def __init__(self) -> None:
-        self._headers: dict[Any, int] = {}
+        self._known: dict[Any, tuple[int, int]] = {}
 
-    def __call__(self, message: Any, changing: Any, trees: Mapping[str, Tree]) -> int:
+    def __call__(
+        self,
+        message: Callable[[], Any],
+        changing: list[Any],
+        trees: Mapping[str, Tree],
+        names: tuple[str, ...] = (),
+    ) -> int:
         """Return the length of a packed message.
 
         Args:
-            message: what would be packed.
-            changing: the part of it that is not the same in every message with such trees.
+            message: returns what would be packed.
+            changing: the primitives in it that are not the same in every message with such trees.
             trees: its tensors.
+            names: keys of the primitives.
         """
-        specs = ((key, tuple((n, t.dtype, t.shape) for n, t in tree.items())) for key, tree in trees.items())
-        key = (type(message), *specs)
-        changes = _header_length(pack(changing))
-        if key not in self._headers:
-            self._headers[key] = _header_length(pack(message)) - changes
-        return 8 + -(-(self._headers[key] + changes) // 8) * 8 + num_bytes(trees.values())
+        key = names, *trees, *[(k, n, t.dtype, t.shape) for k, tree in trees.items() for n, t in tree.items()]
+        changes = text_length(changing)
+        if key not in self._known:
+            self._known[key] = _header_length(pack(message())) - changes, num_bytes(trees.values())
+        header, body = self._known[key]
+        return 8 + -(-(header + changes) // 8) * 8 + body
 
 
 def _header_length(data: bytes) -> int:
