@@ -29,6 +29,7 @@ LOOPS: dict[str, dict[str, Any]] = {
     "lightning": {"local_loop": "lightning"},
     "lean": {"local_loop": "lean", "group_size": 1},
     "auto": {"local_loop": "auto"},
+    "channels_last": {"local_loop": "auto", "memory_format": "channels_last"},
 }
 """Arguments of FederatedTrainer by contender; ``auto`` is what a user gets."""
 

@@ -11,9 +11,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from fl_lightning.algorithms import Algorithm, FedAvg
 from fl_lightning.arguments import divide
@@ -39,7 +37,7 @@ from fl_lightning.schedules import Sampler, Schedule, Timing, UniformSampler
 from fl_lightning.server import RoundLoader, evaluate_whole, federated
 from fl_lightning.transforms import Transform, all_transforms
 from fl_lightning.types import RoundReport
-from fl_lightning.validation import check_arguments, check_parts
+from fl_lightning.validation import check_arguments, check_parts, warn_of_averaging
 
 __all__ = ["FederatedTrainer"]
 
@@ -60,6 +58,8 @@ class FederatedTrainer(SavesPersonalModels, EvaluatingTrainer):
         local_loop: ``"lightning"`` trains each client in a real Trainer, ``"lean"`` in a direct loop for plain
             modules, ``"auto"`` takes the fastest that is exact for this module.
         group_size: clients trained at once by vmap in the lean loop, or ``"auto"``.
+        memory_format: ``"channels_last"`` lays out the weights of convolutions by pixel in the clients' module, which
+            many CPUs and GPUs convolve faster; its sums round differently. ``"contiguous"`` leaves torch's layout.
         client_state: ``"reset"`` starts a client's optimizers anew in each round; ``"keep"`` goes on with their state.
         client_callbacks: Lightning callbacks of local training, copied for each client.
         client_lr_schedule: round to a factor on the clients' learning rates.
@@ -112,6 +112,7 @@ class FederatedTrainer(SavesPersonalModels, EvaluatingTrainer):
         local_steps: int | None = None,
         local_loop: Literal["auto", "lightning", "lean"] = "auto",
         group_size: int | Literal["auto"] = "auto",
+        memory_format: Literal["contiguous", "channels_last"] = "contiguous",
         client_state: Literal["reset", "keep"] = "reset",
         client_callbacks: Callback | list[Callback] | None = None,
         client_lr_schedule: Callable[[int], float] | None = None,
@@ -149,13 +150,16 @@ class FederatedTrainer(SavesPersonalModels, EvaluatingTrainer):
             personalize_epochs=personalize_epochs,
             num_lanes=num_lanes,
         )
-        check_arguments(self.settings, max_rounds, kwargs, local_loop, group_size, client_state, local_epochs)
+        self._local: dict[str, Any] = {
+            "local_loop": local_loop, "client_state": client_state, "memory_format": memory_format,
+            "group_size": group_size,
+        }  # fmt: skip
+        check_arguments(self.settings, max_rounds, kwargs, self._local, local_epochs)
         check_schedule(self.settings, fleet, sampler, schedule)
         self._client_arguments = divide(kwargs)
         self._client_callbacks = (
             [client_callbacks] if isinstance(client_callbacks, Callback) else client_callbacks or []
         )
-        self._local_loop, self._group_size, self._client_state = local_loop, group_size, client_state
         self.log_clients, self.fleet, self.schedule, self.num_threads = log_clients, fleet, schedule, num_threads
         self.sampler = sampler if sampler is not None else UniformSampler()
         self.engine = engine if engine is not None else InProcessEngine()
@@ -168,10 +172,7 @@ class FederatedTrainer(SavesPersonalModels, EvaluatingTrainer):
         self.strategy.precision_plugin = ServerPrecision(self.strategy.precision_plugin)
         evaluate_whole(self)
         self.callbacks = federated_progress_bar(self.callbacks)
-        if any(isinstance(callback, StochasticWeightAveraging) for callback in self.callbacks):
-            rank_zero_warn(
-                "StochasticWeightAveraging changes the server's learning rate: rounds are then no plain means."
-            )
+        warn_of_averaging(self.callbacks)
 
     # ---- the federation's names --------------------------------------------------------------------------------
 
@@ -223,9 +224,7 @@ class FederatedTrainer(SavesPersonalModels, EvaluatingTrainer):
         return LocalSettings(
             trainer_arguments=arguments,
             callbacks=self._client_callbacks,
-            client_state=self._client_state,
-            local_loop=self._local_loop,
-            group_size=self._group_size,
+            **self._local,
         )
 
     # ---- Lightning's entry points ------------------------------------------------------------------------------

@@ -122,6 +122,7 @@ class ClientUpdate:
         metrics: the mergeable sums of what the module logged (``fl_lightning.metrics.MetricSums``).
         extra: what the algorithm's own client callbacks hand over (start loss, start gradient, new control variate).
         memory: what the loop itself keeps for the client's next round (optimizer state, local BatchNorm).
+        norm: Euclidean norm of ``delta``, when the loop has measured it already.
     """
 
     client_id: ClientId
@@ -134,6 +135,7 @@ class ClientUpdate:
     metrics: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
     memory: Memory = field(default_factory=dict)
+    norm: float | None = None
 
 
 @dataclass(slots=True)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from fl_lightning.algorithms.base import Algorithm
 from fl_lightning.federation_settings import FederationSettings, Overrides, check_override
 from fl_lightning.packages import lightning_base
 from fl_lightning.types import ClientId
 
-__all__ = ["check_arguments", "check_overrides", "check_parts"]
+__all__ = ["check_arguments", "check_overrides", "check_parts", "warn_of_averaging"]
 
 _SHARDING = ("fsdp", "deepspeed", "modelparallel", "model_parallel")
+_CHOICES = {
+    "local_loop": ("auto", "lightning", "lean"),
+    "client_state": ("reset", "keep"),
+    "memory_format": ("contiguous", "channels_last"),
+}
 # by argument: the method that makes it one, and the part of the package that has such classes
 _PARTS = {"sampler": ("cohort", "schedules"), "engine": ("session", "engines")}
 
@@ -23,9 +30,7 @@ def check_arguments(
     settings: FederationSettings,
     max_rounds: int | None,
     lightning: Mapping[str, Any],
-    local_loop: str,
-    group_size: int | str,
-    client_state: str,
+    local: Mapping[str, Any],
     local_epochs: int | None = None,
 ) -> None:
     """Raise for arguments that are out of range or exclude each other.
@@ -39,12 +44,12 @@ def check_arguments(
         )
     _check_rounds(max_rounds, lightning, settings)
     _check_strategy(lightning.get("strategy"))
-    _one_of("local_loop", local_loop, ("auto", "lightning", "lean"))
-    _one_of("client_state", client_state, ("reset", "keep"))
+    for name, allowed in _CHOICES.items():
+        _one_of(name, local[name], allowed)
     _one_of("on_bad_update", settings.on_bad_update, ("raise", "skip"))
     _one_of("batch_norm", settings.batch_norm, ("average", "local", "recalibrate"))
-    if group_size != "auto":
-        _at_least_one("group_size", group_size)
+    if local["group_size"] != "auto":
+        _at_least_one("group_size", local["group_size"])
     _at_least_one("min_clients", settings.min_clients)
     _at_least_one("local_epochs", settings.local_epochs)
     if settings.local_steps is not None:
@@ -153,6 +158,12 @@ def _check_rounds(max_rounds: int | None, lightning: Mapping[str, Any], settings
         raise MisconfigurationException(
             f"Expected max_rounds to be an integer >= 0, or -1 for no limit, got {max_rounds!r}."
         )
+
+
+def warn_of_averaging(callbacks: Iterable[Any]) -> None:
+    """Warn of a callback that makes rounds something else than means."""
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+        rank_zero_warn("StochasticWeightAveraging changes the server's learning rate: rounds are then no plain means.")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -184,7 +184,7 @@ class ClientHalf:
             return result
         update = outcome.update
         assert update is not None
-        result.update_norm = norm(update.delta)
+        result.update_norm = norm(update.delta) if update.norm is None else update.norm
         # a finite norm has no NaN or infinity in it; only the norm of large numbers is infinite without one
         bad = (None if isfinite(result.update_norm) else non_finite(update.delta)) or non_finite(update.buffers)
         if bad is not None:

@@ -23,7 +23,7 @@ from fl_lightning.local.lean_group_corrections import Corrections
 from fl_lightning.local.lean_group_data import GroupData, Member
 from fl_lightning.local.lean_group_linear import FusedLinears, plain_sgd, step_weight
 from fl_lightning.local.lean_group_log import GroupLog, Tick
-from fl_lightning.local.lean_stack import CannotGroup, Rate, Rates, Rows, StackedOptimizer, put, stacked, take
+from fl_lightning.local.lean_stack import CannotGroup, Rate, Rates, Rows, StackedOptimizer, put, stacked, take, trained
 from fl_lightning.local.lean_trainer import LeanTrainer, Progress
 from fl_lightning.local.recorder import ClientLogger
 from fl_lightning.types import ClientUpdate, Tree
@@ -61,9 +61,10 @@ class Group:
         self._optimizer, configs = self._configure()
         self._rates = self._rate_tables()
         names = {id(p): name for name, p in self.module.named_parameters()}
-        order = [p for group in self._optimizer.param_groups for p in group["params"]]
+        order = trained(self._optimizer)
         self._names = [names[id(p)] for p in order]
-        self._group_of = [i for i, group in enumerate(self._optimizer.param_groups) for _ in group["params"]]
+        groups = self._optimizer.param_groups
+        self._group_of = [i for i, group in enumerate(groups) for p in group["params"] if p.requires_grad]
         self._start = [p.detach().clone() for p in order]
         self._corrections = Corrections.of(members, facts.module)
         linears = FusedLinears.of(self.module, self._names)
@@ -71,8 +72,7 @@ class Group:
         self._fused = linears if fuses else FusedLinears({})
         turned = linears.parts.keys() - self._fused.parts.keys()
         self.params = [
-            stacked(p.detach(), len(members), turned=name in turned)
-            for name, p in zip(self._names, order, strict=True)
+            stacked(p.detach(), len(members), turned=name in turned) for name, p in zip(self._names, order, strict=True)
         ]
         self._stacked = StackedOptimizer(self._optimizer, self.params)
         self._losses = vmap(self._loss, randomness="different")
@@ -102,7 +102,7 @@ class Group:
         """
         batch = self._data.batch(1, 0, self.members[0].sizes(0)[0])
         loss, *_ = self._loss({}, [tensor[0] for tensor in batch])
-        order = [p for group in self._optimizer.param_groups for p in group["params"]]
+        order = trained(self._optimizer)
         for name, grad in zip(self._names, torch.autograd.grad(loss, order, allow_unused=True), strict=True):
             if grad is None:
                 raise CannotGroup(f"its parameter {name!r} gets no gradient")
@@ -219,8 +219,10 @@ class Group:
 
     def outcomes(self, settings: Any) -> list[Outcome]:
         """Return what became of the members, in their order."""
-        columns = {n: _moved(p, s).unbind(0) for n, p, s in zip(self._names, self.params, self._start, strict=True)}
+        moves = [_moved(p, s) for p, s in zip(self.params, self._start, strict=True)]
         self.params = []
+        norms = _norms(moves)
+        columns = {name: move.unbind(0) for name, move in zip(self._names, moves, strict=True)}
         own = dict(self.module.named_parameters())
         still = {n: torch.zeros_like(own[n]).detach() for n in settings.parameter_names if n not in columns}
         sums = self.log.sums()
@@ -243,6 +245,7 @@ class Group:
                 status="partial" if extra.pop("partial", member.job.task.work.partial) else "complete",
                 metrics=sums[row],
                 extra=extra,
+                norm=norms[row],
             )
             found.append(Outcome(member.job, update, logger.take() if logger is not None else []))
         return found
@@ -278,6 +281,13 @@ def _moved(params: Tensor, start: Tensor) -> Tensor:
     if params.is_contiguous():
         return params.sub_(start)
     return torch.sub(params, start, out=torch.empty(params.shape, dtype=params.dtype))
+
+
+def _norms(moves: Sequence[Tensor]) -> list[float]:
+    """Return the norm of each client's update, of all its parameters together."""
+    parts = [torch.linalg.vector_norm(move.flatten(1), dim=1) for move in moves]
+    found: list[float] = torch.stack(parts).double().norm(dim=0).tolist()
+    return found
 
 
 class _Step(nn.Module):

@@ -33,6 +33,7 @@ def plain_sgd(optimizer: Optimizer) -> bool:
     """Whether a step only adds the gradient and decays the weight.
 
     Example:
+        >>> import torch
         >>> weight = nn.Parameter(torch.ones(1))
         >>> plain_sgd(SGD([weight], lr=0.1)), plain_sgd(SGD([weight], lr=0.1, momentum=0.9))
         (True, False)
@@ -140,6 +141,7 @@ def step_weight(weight: Tensor, inputs: Tensor, grad: Tensor, rate: Rate, decay:
         ``(clients, out, in)``, ``(clients, *rows, in)`` and ``(clients, *rows, out)``.
 
     Example:
+        >>> import torch
         >>> weight = torch.ones(1, 1, 2)
         >>> step_weight(weight, torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0]]]), 0.5, decay=1.0)
         >>> weight.tolist()

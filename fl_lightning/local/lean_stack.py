@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fl_lightning.local.client_state import scale_learning_rates
 from fl_lightning.local.lean_step import ordinary
 
-__all__ = ["CannotGroup", "Rate", "Rates", "Rows", "StackedOptimizer", "beside", "put", "stacked", "take"]
+__all__ = ["CannotGroup", "Rate", "Rates", "Rows", "StackedOptimizer", "beside", "put", "stacked", "take", "trained"]
 
 Rows: TypeAlias = int | Tensor
 """Some clients of a group: the first ``n``, or those at the positions of a tensor."""
@@ -117,12 +117,17 @@ class Rates:
         ]
 
 
+def trained(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters that an optimizer steps, in the order of its groups: frozen ones have no gradient."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
 class StackedOptimizer:
     """SGD, Adam and AdamW for some clients of a group at a time, each client at its own step.
 
     Args:
         optimizer: fresh from ``configure_optimizers``; says the kind and the numbers.
-        params: stacked parameters, in the order of the optimizer's parameter groups.
+        params: stacked parameters, in the order of :func:`trained`.
 
     Raises:
         CannotGroup: for any other optimizer.
@@ -137,8 +142,9 @@ class StackedOptimizer:
         self._groups = optimizer.param_groups
         self._slices, start = [], 0
         for group in self._groups:
-            self._slices.append(slice(start, start + len(group["params"])))
-            start += len(group["params"])
+            count = sum(p.requires_grad for p in group["params"])
+            self._slices.append(slice(start, start + count))
+            start += count
         self._adaptive = kind is not SGD
         momentum = self._adaptive or any(group["momentum"] for group in self._groups)
         self._first = [torch.zeros_like(p) for p in params] if momentum else []

@@ -46,7 +46,7 @@ class LightningLoop:
     def __init__(self, module: pl.LightningModule, algorithm: Algorithm, settings: LocalSettings) -> None:
         self.algorithm = algorithm
         self.settings = settings
-        self.worker = Worker(module, settings.device)
+        self.worker = Worker(module, settings.device, settings.memory_format)
         with quiet(), as_rank_zero():
             self.trainer = ClientTrainer(settings.device, **settings.trainer_arguments)
 

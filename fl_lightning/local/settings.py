@@ -26,6 +26,7 @@ class LocalSettings:
         personalize_epochs: epochs of local training before a client's personal model is evaluated; 0 for none.
         local_loop: which loop runs a client.
         group_size: clients trained at once by vmap in the lean loop.
+        memory_format: layout of the weights of convolutions while clients train.
         parameter_names: trainable parameters that travel.
         buffer_names: buffers that travel.
         local_names: parameters and buffers that stay with their client.
@@ -42,6 +43,7 @@ class LocalSettings:
     personalize_epochs: int = 0
     local_loop: Literal["auto", "lightning", "lean"] = "auto"
     group_size: int | Literal["auto"] = "auto"
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
     parameter_names: Sequence[str] = ()
     buffer_names: Sequence[str] = ()
     local_names: Sequence[str] = ()

@@ -56,11 +56,17 @@ class Worker:
     Args:
         module: a copy of the user's module, which is the worker's from now on.
         device: where clients train.
+        memory_format: ``"channels_last"`` lays out four-dimensional weights by pixel.
     """
 
-    def __init__(self, module: pl.LightningModule, device: torch.device) -> None:
+    def __init__(self, module: pl.LightningModule, device: torch.device, memory_format: str = "contiguous") -> None:
         self.module = module
         self.module.to(device)
+        if memory_format == "channels_last":
+            for parameter in self.module.parameters():
+                if parameter.ndim == 4:
+                    # `contiguous` would leave the strides of a single channel, and torch then takes the other kernels
+                    parameter.data = parameter.data.to(memory_format=torch.channels_last)
         self._requires_grad = [(p, p.requires_grad) for p in self.module.parameters()]
         frozen = [p for p, requires_grad in self._requires_grad if not requires_grad]
         self._values: list[Tensor] = [*frozen, *self.module.buffers()]

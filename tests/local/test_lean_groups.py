@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from grouped import assert_alike, ragged, together
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from zoo import (
@@ -38,58 +39,9 @@ from fl_lightning.algorithms.fedprox import FedProx
 from fl_lightning.algorithms.scaffold import Scaffold
 from fl_lightning.callbacks import GradientClip, GradientNoise
 from fl_lightning.local.choice import choose_loop
-from fl_lightning.local.job import Job, Outcome
+from fl_lightning.local.job import Job
 from fl_lightning.local.lean_loop import LeanLoop
 from fl_lightning.local.lightning_loop import LightningLoop
-from fl_lightning.metrics import Mean
-
-Jobs = Callable[[dict[str, Any]], list[Job]]
-
-
-def ragged(**work: Any) -> Jobs:
-    """Nine clients of 3 to 27 examples with batches of 5: unequal steps, unequal last batches, one below a batch."""
-    sizes = [23, 10, 27, 3, 15, 12, 21, 5, 23]
-    return lambda b: [job(b, lambda n=n, k=k: loader(n, 30 * k), f"c{k}", **work) for k, n in enumerate(sizes)]
-
-
-def together(
-    module: Any, jobs: Jobs, algorithm: Any = None, size: int = 9, trees: Any = None, **changes: Any
-) -> tuple[list[Outcome], list[Outcome], LeanLoop]:
-    algorithm = algorithm or FedAvg()
-    settings = settings_for(module, algorithm, group_size=size, **changes)
-    broadcast = broadcast_of(module, settings)
-    broadcast.update(algorithm.broadcast(algorithm.init_state(broadcast["model"])))
-    broadcast.update(trees or {})
-    alone = LightningLoop(copy.deepcopy(module), algorithm, settings)
-    loop = LeanLoop(copy.deepcopy(module), algorithm, settings)
-    return list(alone.run(jobs(broadcast))), list(loop.run(jobs(broadcast))), loop
-
-
-def assert_alike(alone: list[Outcome], group: list[Outcome], tolerance: float = 1e-5) -> None:
-    assert [o.job.task.client_id for o in alone] == [o.job.task.client_id for o in group]
-    for left, right in zip(alone, group, strict=True):
-        for outcome in (left, right):
-            if outcome.error is not None:
-                raise outcome.error
-        a, b = left.update, right.update
-        assert a is not None
-        assert b is not None
-        assert (a.num_examples, a.num_steps, a.status) == (b.num_examples, b.num_steps, b.status)
-        assert a.a_norm == b.a_norm
-        assert a.delta.keys() == b.delta.keys()
-        for name, delta in a.delta.items():
-            assert delta.norm() > 1e-4, "the oracle did not move"
-            assert (delta - b.delta[name]).norm() <= tolerance * delta.norm() + 1e-7, name
-        assert a.metrics.keys() == b.metrics.keys()
-        for name, part in a.metrics.items():
-            assert isinstance(b.metrics[name], Mean)
-            ours = b.metrics[name]
-            assert (ours.total, ours.weight) == pytest.approx((part.total, part.weight), rel=1e-4, abs=1e-4)
-        by_key = lambda record: (record[1][2], record[1][0])  # noqa: E731
-        records, expected = sorted(right.records, key=by_key), sorted(left.records, key=by_key)
-        assert [by_key(record) for record in records] == [by_key(record) for record in expected]
-        for record, its in zip(records, expected, strict=True):
-            assert record[1][1] == pytest.approx(its[1][1], rel=1e-4, abs=1e-4)
 
 
 def undamped(module: nn.Module) -> Any:

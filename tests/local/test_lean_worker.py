@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torchmetrics import MeanMetric
+from zoo import ZOO, both, job, loader
 
 from fl_lightning.local.worker import Worker
 
@@ -113,3 +114,21 @@ def test_an_object_shared_by_comparable_and_other_attributes_stays_one() -> None
         worker.restore()
         assert module.memory == [1]
         assert module.box["memory"] is module.memory
+
+
+def test_channels_last_is_a_layout_and_no_other_model() -> None:
+    torch.manual_seed(0)
+    module = ZOO["group norm"]()
+    plain, turned, _ = both(module, lambda b: [job(b, loader)], memory_format="channels_last")
+    usual, *_ = both(module, lambda b: [job(b, loader)])
+    worker = Worker(copy.deepcopy(module), torch.device("cpu"), "channels_last")
+    weights = [p for p in worker.module.parameters() if p.ndim == 4]
+    assert weights
+    assert all(weight.stride(1) == 1 for weight in weights)
+    worker.restore()
+    assert all(weight.stride(1) == 1 for weight in weights)
+    for left, right, other in zip(plain, turned, usual, strict=True):
+        assert left.update is not None and right.update is not None and other.update is not None  # noqa: PT018
+        for name, delta in left.update.delta.items():
+            assert torch.equal(delta, right.update.delta[name]), "both loops use the layout"
+            torch.testing.assert_close(delta, other.update.delta[name], rtol=1e-3, atol=1e-5)

@@ -79,6 +79,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"local_loop": "fast"}, "local_loop to be one of"),
     ({"client_state": "forget"}, "client_state to be one of"),
     ({"batch_norm": "mean"}, "batch_norm to be one of"),
+    ({"memory_format": "channels"}, "memory_format to be one of"),
     ({"on_bad_update": "ignore"}, "on_bad_update to be one of"),
     ({"group_size": 0}, "group_size"),
     ({"algorithm": "fedavg"}, "algorithm"),
