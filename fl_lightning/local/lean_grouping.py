@@ -69,7 +69,8 @@ def group_size(module: pl.LightningModule, settings: LocalSettings) -> int:
     ``"auto"`` groups only where a group gives what its clients give alone, to rounding: batched kernels add in another
     order, and in the tests an update differs by less than ``5e-5`` of its norm (``1e-4`` with Adam, which divides by
     small numbers): a few units in the last place of the weights. Dropout draws other masks in a group, which is the
-    same only in distribution: such a module trains one by one unless ``group_size`` is given. ``group_size=1`` keeps the bits of LightningLoop for every module.
+    same only in distribution: such a module trains one by one unless ``group_size`` is given. ``group_size=1`` keeps
+    the bits of LightningLoop for every module.
 
     Args:
         module: the clients' module.
