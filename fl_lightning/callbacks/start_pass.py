@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -105,10 +106,13 @@ def _probe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningMo
     return probe
 
 
-def _loss(trainer: pl.Trainer, probe: pl.LightningModule, batch: Any, index: int) -> Tensor | None:
+def _loss(trainer: Any, probe: pl.LightningModule, batch: Any, index: int) -> Tensor | None:
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = probe._on_before_batch_transfer(batch, dataloader_idx=0)
-    batch = probe._apply_batch_transfer_handler(batch, device=trainer.strategy.root_device, dataloader_idx=0)
+    if isinstance(trainer, pl.Trainer):
+        batch = probe._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = probe._apply_batch_transfer_handler(batch, device=trainer.strategy.root_device, dataloader_idx=0)
+    else:  # the lean loop, whose modules have no hooks of their own there
+        batch = move_data_to_device(batch, trainer.strategy.root_device)
     with trainer.precision_plugin.train_step_context():
         takes_index = is_param_in_hook_signature(probe.training_step, "batch_idx", min_args=2)
         output = probe.training_step(*((batch, index) if takes_index else (batch,)))

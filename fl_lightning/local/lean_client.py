@@ -89,6 +89,7 @@ class Fit:
         offset: steps of the client's earlier rounds.
         num_examples: size of the client's data; ``None`` counts the first epoch's.
         any_log: take Lightning's own collection for what is logged.
+        loader: the client's train loader, for callbacks that look at it.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Fit:
         offset: int,
         num_examples: int | None,
         any_log: bool,
+        loader: Any = None,
     ) -> None:
         self.facts = facts
         self.module = facts.module
@@ -110,7 +112,7 @@ class Fit:
         curve = logger if logger is not None and logger.enabled else None
         self.log: Log = ResultLog(curve) if any_log else ScalarLog(curve)
         self.trainer = LeanTrainer(
-            progress, callbacks, [] if logger is None else [logger], facts.device, facts.precision.precision
+            progress, callbacks, [] if logger is None else [logger], facts.device, facts.precision, loader
         )
         self._count_examples = num_examples is None
         self._open = batches

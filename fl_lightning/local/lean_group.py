@@ -307,7 +307,7 @@ class GroupTrainer(LeanTrainer):
     """The trainer of a group: it has no answer that would differ from client to client."""
 
     def __init__(self, progress: Progress, facts: Facts) -> None:
-        super().__init__(progress, [], [], facts.device, facts.precision.precision)
+        super().__init__(progress, [], [], facts.device, facts.precision)
 
     def _refuse(self) -> Any:
         self._own.refuse("it looks at something of self.trainer that differs from client to client")

@@ -286,4 +286,5 @@ class _LeanRun(ClientRun):
             offset=work.step_offset,
             num_examples=self.data.num_examples,
             any_log=loop.any_log,
+            loader=self.data.train,
         )

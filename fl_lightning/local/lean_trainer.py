@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins import Precision
 from torch.optim import Optimizer
 
 __all__ = ["LeanTrainer", "NeedsResults", "NotPlain", "NotThisClient", "Progress"]
@@ -59,10 +60,12 @@ class LeanTrainer:
         callbacks: the client's callbacks.
         loggers: the logger of the client's curve, or none.
         device: where the client trains.
-        precision: what ``trainer.precision`` says.
+        precision: Lightning's precision plugin of the clients.
+        loader: the client's train loader.
 
     Example:
-        >>> trainer = LeanTrainer(Progress(epochs=3), [], [], torch.device("cpu"), "32-true")
+        >>> from lightning.pytorch.plugins import Precision
+        >>> trainer = LeanTrainer(Progress(epochs=3), [], [], torch.device("cpu"), Precision())
         >>> trainer.max_epochs, trainer.global_step, trainer.is_global_zero
         (3, 0, True)
         >>> trainer.save_checkpoint
@@ -84,13 +87,16 @@ class LeanTrainer:
         callbacks: Sequence[Callback],
         loggers: Sequence[Any],
         device: torch.device,
-        precision: Any,
+        precision: Precision,
+        loader: Any = None,
     ) -> None:
         own = vars(self)
         own["_progress"] = progress
         own["callbacks"] = list(callbacks)
         own["loggers"] = list(loggers)
-        own["precision"] = precision
+        own["precision"] = precision.precision
+        own["precision_plugin"] = precision
+        own["train_dataloader"] = loader
         own["strategy"] = _LeanStrategy(progress, device)
         own["results"] = None
         own["_logger_connector"] = None
