@@ -62,7 +62,7 @@ class Setting:
 WHOLE = 600  # the paper's B = infinity: all that a client has is one batch
 SETTINGS = {
     "2nn": Setting(TwoNN, 0.97, 1, 10, (0.1, 0.05), (87, 664)),
-    "cnn": Setting(CNN, 0.99, 1, 10, (0.1, 0.05), (34, 350)),
+    "cnn": Setting(CNN, 0.99, 1, 10, (0.2, 0.05), (34, 350)),
     "cnn-e5": Setting(CNN, 0.99, 5, 10, (0.1, 0.05), (20, 229)),
     "cnn-e5-b50": Setting(CNN, 0.99, 5, 50, (0.1, 0.05), (29, 334)),
     "cnn-e20": Setting(CNN, 0.99, 20, 10, (0.1, 0.05), (18, 173)),
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--entries", nargs="+", choices=[*SETTINGS], default=["2nn"])
     parser.add_argument("--splits", nargs="+", choices=("iid", "shards"), default=["iid", "shards"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, help="instead of the entry's own: what the paper's grid is looked at with")
+    parser.add_argument("--lr", type=float, help="instead of the entry's own, to look at others of a grid")
     parser.add_argument("--rounds", type=int, help="stop earlier than one round after the published number")
 
 

@@ -22,7 +22,7 @@ from fl_lightning.types import ClientId, RoundReport
 
 __all__ = ["RoundCharts", "add_client_histograms", "client_layout", "spread_metrics"]
 
-_SHOWN = ("min", "median", "max", "worst_decile")
+_SHOWN = ("min", "median", "max", "worst_decile", "std")
 _BINS = 30  # linear; TensorBoard's own bins grow by a tenth each and show ten clients as ten needles
 _STEPS = np.arange(_BINS + 1, dtype=np.float64)
 
@@ -68,7 +68,7 @@ def _add_histogram(writer: Any, tag: str, values: Any, round: int) -> None:
 
 
 def spread_metrics(name: str, values: Mapping[ClientId, float]) -> dict[str, float]:
-    """Return ``<name>/min``, ``/median``, ``/max`` and ``/worst_decile`` of one metric over clients.
+    """Return ``<name>/min``, ``/median``, ``/max``, ``/worst_decile`` and ``/std`` of one metric over clients.
 
     The worst decile is the mean of the worst tenth of the clients, at least one; whether low or high is worst is read
     off the name (:func:`fl_lightning.metrics.higher_is_better`).

@@ -51,6 +51,15 @@ def test_the_plan_of_stragglers() -> None:
     assert Plan.draw(range(30), 200, 10, 0.0, 20, 0).fast() == plan.cohorts
 
 
+@pytest.mark.parametrize(
+    ("slow", "labels"), [(0.0, ["FedAvg", "FedProx mu=1"]), (0.5, ["FedAvg", "FedProx mu=0", "FedProx mu=1"])]
+)
+def test_what_would_be_the_same_run_twice_runs_once(slow: float, labels: list[str]) -> None:
+    options = parser().parse_args(["synthetic", "--mu", "0", "1"])
+    plan = Plan.draw(range(30), rounds=3, per_round=10, slow=slow, epochs=20, seed=0)
+    assert [label for label, _, _ in synthetic._contenders(options, plan)] == labels
+
+
 def test_slow_devices_do_a_part_of_the_work_and_it_counts() -> None:
     data = synthetic.Data(iid=True, seed=0)
     ids = sorted(data.client_ids(), key=data.client_size)[:3]

@@ -101,7 +101,7 @@ def test_values_that_differ_in_the_last_bit_are_drawn(tmp_path: Path, raw_events
     assert sum(histogram.bucket) == 2
 
 
-def test_the_spread_has_four_numbers() -> None:
+def test_the_spread_has_five_numbers() -> None:
     accuracy = {client: client / 20 for client in range(20)}
     assert spread_metrics("clients/val_acc", accuracy) == pytest.approx(
         {
@@ -109,6 +109,7 @@ def test_the_spread_has_four_numbers() -> None:
             "clients/val_acc/median": np.median(list(accuracy.values())),
             "clients/val_acc/max": 0.95,
             "clients/val_acc/worst_decile": 0.025,
+            "clients/val_acc/std": np.std(list(accuracy.values())),
         }
     )
     assert spread_metrics("clients/val_loss", accuracy)["clients/val_loss/worst_decile"] == pytest.approx(0.925)
@@ -145,7 +146,7 @@ def test_the_layout_names_what_the_spread_logs() -> None:
                 assert set(tags) <= set(logged)
             else:
                 found = [[name for name in logged if re.search(tag, name)] for tag in tags]
-                assert found == [[logged[4]], [logged[1]], [logged[3]]]
+                assert found == [["clients/f1(a+b)"], ["clients/f1(a+b)/median"], ["clients/f1(a+b)/worst_decile"]]
 
 
 def test_the_partition_is_a_picture(logger: TensorBoardLogger, values: Callable[..., Any]) -> None:
