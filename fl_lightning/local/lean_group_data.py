@@ -33,6 +33,11 @@ class Member:
             return sizes[: max(0, work.steps - epoch * len(sizes))]
         return sizes if epoch < (work.epochs or 0) else []
 
+    def num_bytes(self) -> int:
+        """Return the size of the client's examples."""
+        examples = len(self.batches.sampler)  # type: ignore[arg-type]
+        return sum(t[:1].numel() * t.element_size() * examples for t in self.batches.tensors)
+
     def key(self) -> tuple[Any, ...]:
         """Return what clients of one group have in common."""
         task, batches = self.job.task, self.batches

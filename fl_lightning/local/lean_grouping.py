@@ -22,6 +22,8 @@ _SMALL, _MEDIUM = 20_000, 300_000
 """Parameters of a module. Offline, on one CPU thread, against the lean loop with one client at a time: a logistic
 regression with 610 parameters gains most with all clients of a lane at once, an MLP with 199,210 half as much again
 with 16 at a time and nothing with 4, a CNN with 1,663,370 loses (its convolutions become grouped ones)."""
+_MEMORY = 256 * 2**20
+"""Bytes of examples in a group."""
 
 
 def cannot_group(
@@ -93,14 +95,24 @@ def _attends(part: nn.Module) -> bool:
     return isinstance(part, nn.MultiheadAttention)
 
 
-def chunks(kinds: Sequence[object]) -> list[list[int]]:
+def chunks(kinds: Sequence[object], num_bytes: Sequence[int], limit: int = _MEMORY) -> list[list[int]]:
     """Return positions of equal kinds together, in the order in which the kinds come first.
 
+    Args:
+        kinds: what clients of one group have in common.
+        num_bytes: of the examples that a client brings, which a group holds a second time.
+        limit: how many bytes of examples a group may hold; a client above it is alone.
+
     Example:
-        >>> chunks(["a", "b", "a"])
-        [[0, 2], [1]]
+        >>> chunks(["a", "b", "a", "a"], [1, 1, 1, 1], limit=2)
+        [[0, 2], [3], [1]]
     """
-    found: dict[object, list[int]] = {}
-    for position, kind in enumerate(kinds):
-        found.setdefault(kind, []).append(position)
-    return list(found.values())
+    found: dict[object, list[list[int]]] = {}
+    held: dict[object, int] = {}
+    for position, (kind, size) in enumerate(zip(kinds, num_bytes, strict=True)):
+        if kind not in found or held[kind] + size > limit:
+            found.setdefault(kind, []).append([])
+            held[kind] = 0
+        found[kind][-1].append(position)
+        held[kind] += size
+    return [chunk for some in found.values() for chunk in some]

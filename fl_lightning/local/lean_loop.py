@@ -87,7 +87,8 @@ class LeanLoop(LightningLoop):
             opened = [self._member(job) for job in jobs]
             members = {position: member for position, member in enumerate(opened) if member is not None}
             positions = list(members)
-            for chunk in chunks([members[position].key() for position in positions]):
+            found = list(members.values())
+            for chunk in chunks([member.key() for member in found], [member.num_bytes() for member in found]):
                 together = [positions[i] for i in chunk]
                 if len(together) > 1:
                     outcomes = self._train_group([members[position] for position in together])

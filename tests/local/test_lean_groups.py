@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ from fl_lightning.algorithms.fednova import FedNova
 from fl_lightning.algorithms.fedprox import FedProx
 from fl_lightning.algorithms.scaffold import Scaffold
 from fl_lightning.callbacks import GradientClip, GradientNoise
+from fl_lightning.local import lean_loop
 from fl_lightning.local.choice import choose_loop
 from fl_lightning.local.job import Job
 from fl_lightning.local.lean_loop import LeanLoop
@@ -309,3 +311,20 @@ def test_the_rule() -> None:
         loop = choose_loop(module, FedAvg(), settings_for(module, FedAvg()))
         assert isinstance(loop, LeanLoop)
         assert loop.group_size == size
+
+
+def test_the_examples_of_a_group_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    init = lean_loop.Group.__init__
+
+    def spy(self: Any, facts: Any, members: Any, *arguments: Any) -> None:
+        sizes.append(len(members))
+        init(self, facts, members, *arguments)
+
+    example = sum(t[:1].numel() * t.element_size() for t in WHOLE.tensors)
+    monkeypatch.setattr(lean_loop.Group, "__init__", spy)
+    monkeypatch.setattr(lean_loop, "chunks", partial(lean_loop.chunks, limit=40 * example))
+    alone, group, loop = together(Simple(mlp()), ragged())  # 23, 10 | 27, 3 | 15, 12 | 21, 5 | 23 examples
+    assert_alike(alone, group)
+    assert sizes == [2, 2, 2, 2]
+    assert loop.group_reason is None
