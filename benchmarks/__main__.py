@@ -1,7 +1,8 @@
 """``python -m benchmarks``: the table of docs/performance.md; ``--help`` lists what else is measured.
 
-``python -m benchmarks processes`` compares two processes with one, ``compression`` measures encoding and decoding,
-``python -m benchmarks.scale`` what must not grow, and ``python -m benchmarks.papers`` reproduces papers.
+``python -m benchmarks processes`` compares two processes with one, ``kernels`` profiles a round, ``compression`` measures
+encoding and decoding, ``python -m benchmarks.scale`` what must not grow, and ``python -m benchmarks.papers`` reproduces
+papers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compression, processes
+from benchmarks import compression, kernels, processes
 from benchmarks.by_hand import by_hand
 from benchmarks.contenders import Contender
 from benchmarks.leanest import leanest
@@ -32,7 +33,10 @@ def main() -> None:
     for line in missing:
         print(line)
     for name in arguments.workloads:
-        print_table(WORKLOADS[name], compare(WORKLOADS[name], contenders, arguments.turns, arguments.rounds))
+        own = dict(contenders)
+        if not any(parameter.ndim == 4 for parameter in WORKLOADS[name].model().parameters()):
+            own.pop("fl_lightning channels_last", None)  # a layout of convolutions
+        print_table(WORKLOADS[name], compare(WORKLOADS[name], own, arguments.turns, arguments.rounds))
 
 
 def _parsed() -> argparse.Namespace:
@@ -51,6 +55,8 @@ def _parsed() -> argparse.Namespace:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["compression"]:
         compression.main(sys.argv[2:])
+    elif sys.argv[1:2] == ["kernels"]:
+        kernels.main(sys.argv[2:])
     elif sys.argv[1:2] == ["processes"]:
         processes.main(sys.argv[2:])
     else:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks import processes, program, table
+from benchmarks import kernels, processes, program, table
 from benchmarks.by_hand import by_hand
 from benchmarks.contenders import Contender, Run, Stopwatch, cpu_of_processes
 from benchmarks.leanest import leanest
@@ -188,3 +188,9 @@ def test_a_peer_runs_in_its_own_environment(tmp_path: Path) -> None:
     assert sorted(found) == ["pfl"]
     assert "fluke: skipped, it works in one process" in missing
     assert len(peers(None)[1]) == len(PEERS)
+
+
+def test_the_profile_of_a_round_says_where_its_time_went() -> None:
+    seconds, own = kernels.kernels(SMALL, "lean")
+    assert 0 < sum(own.values()) < seconds
+    assert "mm" in list(own)[:5], "products of matrices are most of it"
