@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_lightning import ErrorFeedback, Quantize, RandomK, TopK, chain
-from fl_lightning.transforms import Cast, Codec, Eden, PowerSGD, Sign, Transform
+from fl_lightning.transforms import Cast, Codec, DeadZone, Eden, PowerSGD, Sign, Transform
 from fl_lightning.types import ClientTask, Contribution, Memory
 
 __all__ = ["RECIPES", "Cost", "main", "measure", "mlp"]
@@ -35,6 +35,7 @@ RECIPES: dict[str, Callable[[], Transform]] = {
     "Cast('float16')": lambda: Cast("float16"),
     "Cast('float8_e4m3fn')": lambda: Cast("float8_e4m3fn"),
     "Eden(bits=1)": lambda: Eden(1),
+    "DeadZone(step=4.0)": lambda: DeadZone(4.0),
     "PowerSGD(rank=2)": lambda: PowerSGD(2),
     "chain(TopK(0.01), Quantize(bits=4))": lambda: chain(TopK(0.01), Quantize(4)),
     "ErrorFeedback(chain(TopK(0.01), Quantize(bits=4)))": lambda: ErrorFeedback(chain(TopK(0.01), Quantize(4))),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fl_lightning.callbacks.base import ClientCallback
 from fl_lightning.transforms import Codec, Transform
+from fl_lightning.transforms.base import State
 from fl_lightning.tree import difference
 from fl_lightning.types import ClientTask, Contribution, Memory
 
@@ -58,6 +59,7 @@ class Compression(ClientCallback):
         self._federated = False
         self._num_fits = 0
         self._memory: Memory = {}
+        self._state: State = {}
         self._start: dict[str, Tensor] = {}
 
     @property
@@ -79,10 +81,12 @@ class Compression(ClientCallback):
         if self._federated:
             return
         own = {name: p for name, p in pl_module.named_parameters() if name in self._start}
-        task = ClientTask("plain", self._num_fits, 0, {}, seed=0)
+        round = self._num_fits
+        sent, _, state = self._codec.broadcast({"model": self._start}, ["plain"], round, self._state)
+        task = ClientTask("plain", round, 0, sent, seed=0)
         delta = difference({name: p.detach() for name, p in own.items()}, self._start)
         data, kept = self._codec.encode(Contribution({"delta": delta}), task, self._memory)
-        total, _ = self._codec.finish(self._codec.decode(data, task), task.round, {})
+        total, self._state = self._codec.finish(self._codec.decode(data, task), round, state)
         for name, change in total.trees["delta"].items():
             own[name].copy_(self._start[name] + change.to(self._start[name]))
         self.num_bytes, self._memory = len(data), kept or {}
@@ -90,8 +94,9 @@ class Compression(ClientCallback):
         self._start = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"num_fits": self._num_fits, "memory": self._memory, "num_bytes": self.num_bytes}
+        kept = {"memory": self._memory, "state": self._state}
+        return {"num_fits": self._num_fits, "num_bytes": self.num_bytes, **kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._num_fits, self._memory = state_dict["num_fits"], state_dict["memory"]
-        self.num_bytes = state_dict["num_bytes"]
+        self._num_fits, self.num_bytes = state_dict["num_fits"], state_dict["num_bytes"]
+        self._memory, self._state = state_dict["memory"], state_dict["state"]

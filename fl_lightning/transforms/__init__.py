@@ -4,8 +4,10 @@ from fl_lightning.transforms.base import Broadcast, Exchange, Payload, Template,
 from fl_lightning.transforms.cast import Cast
 from fl_lightning.transforms.chaining import Chain, all_transforms, chain
 from fl_lightning.transforms.codec import Codec, PackedSize
+from fl_lightning.transforms.deadzone import DeadZone
 from fl_lightning.transforms.downlink import CompressedBroadcast
 from fl_lightning.transforms.eden import Eden
+from fl_lightning.transforms.eigenbasis import Eigenbasis
 from fl_lightning.transforms.errors import PayloadError
 from fl_lightning.transforms.feedback import ErrorFeedback
 from fl_lightning.transforms.powersgd import PowerSGD
@@ -20,7 +22,9 @@ __all__ = [
     "Chain",
     "Codec",
     "CompressedBroadcast",
+    "DeadZone",
     "Eden",
+    "Eigenbasis",
     "ErrorFeedback",
     "Exchange",
     "PackedSize",

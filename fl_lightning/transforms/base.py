@@ -21,6 +21,7 @@ __all__ = [
     "Template",
     "Transform",
     "TreeTransform",
+    "common_dtype",
     "num_elements",
     "template_of",
 ]
@@ -40,6 +41,14 @@ def num_elements(tree: Tree) -> int:
     return sum(tensor.numel() for tensor in tree.values())
 
 
+def common_dtype(tree: Tree) -> torch.dtype:
+    """Return the type that holds the values of all tensors of a tree."""
+    dtype = next(iter(tree.values())).dtype
+    for tensor in tree.values():
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """One client's delivery in one round, as both sides know it: the address of every random number in it.
@@ -50,6 +59,7 @@ class Exchange:
         client_id: the client; ``None`` stands for the whole cohort.
         dispatch_id: unique in the federation.
         path: which part of a chain.
+        public: what the client downloaded: the named trees of its task, with those that transforms add.
     """
 
     seed: int
@@ -57,6 +67,16 @@ class Exchange:
     client_id: ClientId | None = None
     dispatch_id: int = 0
     path: str = ""
+    public: Mapping[str, Tree] = field(default_factory=dict, compare=False)
+
+    @property
+    def public_key(self) -> str:
+        """The name of the tree that a transform at this place adds to the broadcast."""
+        return f"transforms{self.path}"
+
+    def public_tree(self) -> Tree:
+        """Return that tree as this client downloaded it; nothing before there was one."""
+        return self.public.get(self.public_key, {})
 
     def at(self, step: str | int) -> Exchange:
         """Return the exchange of a part, which draws other numbers."""
@@ -89,11 +109,19 @@ class Broadcast:
         model: as the clients get it.
         state: the transform's next state.
         num_bytes: what each client of the cohort downloads for it; ``None`` when it travels as it is.
+        public: a tree that travels beside it, for the client half of the transform.
+        extra: the trees of several transforms, by :attr:`Exchange.public_key`.
     """
 
     model: Tree
     state: State
     num_bytes: list[int] | None = None
+    public: Tree = field(default_factory=dict)
+    extra: dict[str, Tree] = field(default_factory=dict)
+
+    def trees(self, exchange: Exchange) -> dict[str, Tree]:
+        """Return what a transform at this place adds to the broadcast."""
+        return {**self.extra, exchange.public_key: self.public} if self.public else self.extra
 
 
 class Transform:

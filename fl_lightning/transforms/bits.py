@@ -12,7 +12,18 @@ from numpy.typing import NDArray
 
 from fl_lightning.transforms.errors import PayloadError
 
-__all__ = ["CHUNK", "Array", "index_bits", "pack_bits", "pack_indices", "unpack_bits", "unpack_indices"]
+__all__ = [
+    "CHUNK",
+    "Array",
+    "index_bits",
+    "indices_length",
+    "pack_bits",
+    "pack_indices",
+    "pack_wide",
+    "unpack_bits",
+    "unpack_indices",
+    "unpack_wide",
+]
 
 Array: TypeAlias = NDArray[Any]
 CHUNK = 1 << 16
@@ -125,6 +136,12 @@ def index_bits(num: int, total: int) -> int | None:
     return best if _coded_length(num, total, best) < -(-total // 8) else None
 
 
+def indices_length(num: int, total: int) -> int:
+    """Return how many bytes :func:`pack_indices` takes for ``num`` indices below ``total``."""
+    low = index_bits(num, total)
+    return -(-total // 8) if low is None else _coded_length(num, total, low)
+
+
 def _coded_length(num: int, total: int, low: int) -> int:
     return low * -(-num // 8) + -(-(num + (total >> low) + 1) // 8)
 
@@ -155,7 +172,7 @@ def pack_indices(indices: Array, total: int) -> Array:
         return np.packbits(bitmap, bitorder="little")
     high = np.zeros(len(indices) + (total >> low) + 1, np.bool_)
     high[(indices >> low) + np.arange(len(indices))] = True
-    parts = [_pack_wide(indices & ((1 << low) - 1), low), np.packbits(high, bitorder="little")]
+    parts = [pack_wide(indices & ((1 << low) - 1), low), np.packbits(high, bitorder="little")]
     return np.concatenate(parts)
 
 
@@ -165,8 +182,7 @@ def unpack_indices(data: Array, num: int, total: int) -> Array:
     Raises:
         PayloadError: when ``data`` does not hold that many strictly increasing indices.
     """
-    low = index_bits(num, total)
-    expected = -(-total // 8) if low is None else _coded_length(num, total, low)
+    low, expected = index_bits(num, total), indices_length(num, total)
     if data.dtype != np.uint8 or data.shape != (expected,):
         raise PayloadError(f"expected {expected} bytes for {num} of {total} indices, got {data.size} of {data.dtype}")
     if low is None:
@@ -176,18 +192,24 @@ def unpack_indices(data: Array, num: int, total: int) -> Array:
         ones = np.flatnonzero(np.unpackbits(data[cut:], bitorder="little"))
         if len(ones) != num:
             raise PayloadError(f"expected {num} indices, got {len(ones)}")
-        indices = ((ones - np.arange(num)) << low) | _unpack_wide(data[:cut], low, num)
+        indices = ((ones - np.arange(num)) << low) | unpack_wide(data[:cut], low, num)
     if len(indices) != num or (num and (indices[-1] >= total or bool((np.diff(indices) <= 0).any()))):
         raise PayloadError(f"expected {num} increasing indices below {total}, and they are not")
     return indices
 
 
-def _pack_wide(values: Array, bits: int) -> Array:
+def pack_wide(values: Array, bits: int) -> Array:
+    """Return integers of any width as bytes."""
     parts = [pack_bits((values >> first) & 0xFFFF, min(16, bits - first)) for first in range(0, bits, 16)]
     return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
 
 
-def _unpack_wide(data: Array, bits: int, num: int) -> Array:
+def unpack_wide(data: Array, bits: int, num: int) -> Array:
+    """Undo :func:`pack_wide` for ``num`` integers.
+
+    Raises:
+        PayloadError: when ``data`` is too short.
+    """
     values, place = np.zeros(num, np.int64), 0
     for first in range(0, bits, 16):
         width = min(16, bits - first)

@@ -116,8 +116,10 @@ class Chain(Transform):
     def broadcast(self, model: Tree, cohort: Sequence[ClientId], exchange: Exchange, state: State) -> Broadcast:
         sent = Broadcast(model, dict(state))
         for index, part in enumerate(self.parts):
-            own = part.broadcast(sent.model, cohort, exchange.at(index), state.get(str(index), {}))
+            at = exchange.at(index)
+            own = part.broadcast(sent.model, cohort, at, state.get(str(index), {}))
             sent.model = own.model
+            sent.extra.update(own.trees(at))
             sent.num_bytes = own.num_bytes if own.num_bytes is not None else sent.num_bytes
             if own.state:
                 sent.state[str(index)] = own.state

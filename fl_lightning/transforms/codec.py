@@ -147,11 +147,12 @@ class Codec:
         self, trees: Mapping[str, Tree], cohort: Sequence[ClientId], round: int, state: State
     ) -> tuple[dict[str, Tree], int, State]:
         """Return the trees as a cohort gets them, the bytes that all of it downloads, and the next state."""
-        sent = self.transform.broadcast(trees["model"], cohort, Exchange(self.seed, round), state)
-        received = {**trees, "model": sent.model}
+        exchange = Exchange(self.seed, round)
+        sent = self.transform.broadcast(trees["model"], cohort, exchange, state)
+        received = {**trees, "model": sent.model, **sent.trees(exchange)}
         if sent.num_bytes is None:
             return received, self._size(lambda: received, [], received) * len(cohort), sent.state
-        rest = {key: tree for key, tree in trees.items() if key != "model"}
+        rest = {key: tree for key, tree in received.items() if key != "model"}
         return received, self._size(lambda: rest, [], rest) * len(cohort) + sum(sent.num_bytes), sent.state
 
     def finish(self, total: Contribution, round: int, state: State) -> tuple[Contribution, State]:
@@ -178,7 +179,7 @@ class Codec:
         return dict(template)
 
     def _exchange(self, task: ClientTask) -> Exchange:
-        return Exchange(self.seed, task.round, task.client_id, task.dispatch_id)
+        return Exchange(self.seed, task.round, task.client_id, task.dispatch_id, public=task.broadcast)
 
 
 def _address(task: ClientTask) -> list[Any]:

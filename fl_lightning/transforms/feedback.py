@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fl_lightning.transforms.base import Exchange, Payload, State, Template, Transform, template_of
+from fl_lightning.transforms.base import Broadcast, Exchange, Payload, State, Template, Transform, template_of
 from fl_lightning.tree import add_, difference
-from fl_lightning.types import Contribution, Memory, Tree
+from fl_lightning.types import ClientId, Contribution, Memory, Tree
 
 __all__ = ["ErrorFeedback"]
 
@@ -89,6 +92,11 @@ class ErrorFeedback(Transform):
 
     def decode(self, payload: Payload, exchange: Exchange, template: Template) -> Contribution:
         return self.transform.decode(payload, exchange.at("feedback"), template)
+
+    def broadcast(self, model: Tree, cohort: Sequence[ClientId], exchange: Exchange, state: State) -> Broadcast:
+        at = exchange.at("feedback")
+        sent = self.transform.broadcast(model, cohort, at, state)
+        return replace(sent, public={}, extra=sent.trees(at))
 
     def finish(self, total: Contribution, state: State) -> tuple[Contribution, State]:
         return self.transform.finish(total, state)

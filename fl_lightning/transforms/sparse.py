@@ -9,7 +9,15 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from fl_lightning.transforms.base import Exchange, State, Template, Transform, TreeTransform, num_elements
+from fl_lightning.transforms.base import (
+    Exchange,
+    State,
+    Template,
+    Transform,
+    TreeTransform,
+    common_dtype,
+    num_elements,
+)
 from fl_lightning.transforms.bits import Array, pack_indices, unpack_indices
 from fl_lightning.transforms.errors import PayloadError
 from fl_lightning.transforms.selection import largest
@@ -99,7 +107,7 @@ class TopK(_Sparse):
     def output_tree(self, template: Tree) -> Tree:
         if self.per_tensor:
             return {n: torch.empty(self.count(t.numel()), dtype=t.dtype, device="meta") for n, t in template.items()}
-        return {"": torch.empty(self.count(num_elements(template)), dtype=_common(template), device="meta")}
+        return {"": torch.empty(self.count(num_elements(template)), dtype=common_dtype(template), device="meta")}
 
     def encode_tree(self, tree: Tree, exchange: Exchange, memory: Memory) -> tuple[Tree, Any, Memory | None]:
         groups = [{name: tensor} for name, tensor in tree.items()] if self.per_tensor else [tree]
@@ -108,7 +116,7 @@ class TopK(_Sparse):
             arrays, num = flat(group), num_elements(group)
             places = largest(arrays, self.count(num))
             key = next(iter(group)) if self.per_tensor else ""
-            opened[key] = as_tensor(gathered(arrays, places)).to(_common(group))
+            opened[key] = as_tensor(gathered(arrays, places)).to(common_dtype(group))
             sealed.append(as_tensor(pack_indices(places, num) if len(places) < num else np.zeros(0, np.uint8)))
         return opened, sealed, None
 
@@ -172,11 +180,11 @@ class RandomK(_Sparse):
         return {}
 
     def output_tree(self, template: Tree) -> Tree:
-        return {"": torch.empty(self.count(num_elements(template)), dtype=_common(template), device="meta")}
+        return {"": torch.empty(self.count(num_elements(template)), dtype=common_dtype(template), device="meta")}
 
     def encode_tree(self, tree: Tree, exchange: Exchange, memory: Memory) -> tuple[Tree, Any, Memory | None]:
         values = gathered(flat(tree), self._places(num_elements(tree), exchange))
-        return {"": as_tensor(values).to(_common(tree))}, None, None
+        return {"": as_tensor(values).to(common_dtype(tree))}, None, None
 
     def decode_tree(self, opened: Tree, sealed: Any, exchange: Exchange, template: Tree) -> Tree:
         num = num_elements(template)
@@ -191,13 +199,6 @@ class RandomK(_Sparse):
 
     def _places(self, num: int, exchange: Exchange) -> Array:
         return exchange.draws(shared=self.shared).subset(self.count(num), num)
-
-
-def _common(tree: Tree) -> torch.dtype:
-    dtype = next(iter(tree.values())).dtype
-    for tensor in tree.values():
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 def _values(opened: Tree, key: str, count: int) -> Array:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transforms_zoo import TRANSFORMS, decoded, tree, vector
 
-from fl_lightning.transforms import Cast, Eden, PowerSGD, Quantize, RandomK, Sign, TopK, Transform, chain
+from fl_lightning.transforms import Cast, DeadZone, Eden, PowerSGD, Quantize, RandomK, Sign, TopK, Transform, chain
 from fl_lightning.transforms.eden import lloyd_max
 
 CONTRACTIONS = {
@@ -23,6 +23,8 @@ CONTRACTIONS = {
     "quantize blocks": Quantize(2, block=50).contraction(),
     "sign": Sign(),
     "cast": Cast("float8_e5m2"),
+    "dead zone": DeadZone(3.0),
+    "dead zone wide": DeadZone(1e9, zone=0.9),
     "eden 1": Eden(1).contraction(),
     "eden 4": Eden(4).contraction(),
     "low rank": PowerSGD(1),
