@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fl_lightning.data import ClientPopulation
-from fl_lightning.devices import DeviceFleet, DeviceRounds
+from fl_lightning.devices import DeviceBuffer, DeviceFleet, DeviceRounds
 from fl_lightning.errors import MisconfigurationException
 from fl_lightning.federation_settings import FederationSettings
 from fl_lightning.schedules import (
+    BufferedSchedule,
     Delivery,
     Dispatch,
     Occasion,
@@ -38,6 +38,8 @@ def schedule_of(trainer: Any) -> Schedule:
     """Return the schedule of a fit, new and without history: the algorithm's, the trainer's, or rounds in step."""
     own: Schedule | None = trainer.algorithm.schedule()
     if own is not None:
+        if isinstance(own, BufferedSchedule) and isinstance(trainer.fleet, DeviceFleet):
+            return (trainer.schedule or DeviceBuffer()).bound(own)
         return own
     if trainer.schedule is not None:
         schedule: Schedule = copy.deepcopy(trainer.schedule)
@@ -67,13 +69,18 @@ def check_schedule(settings: FederationSettings, fleet: Any, sampler: Any, sched
             f"DeviceRounds needs devices, got fleet={fleet!r}. Write FederatedTrainer(fleet=DeviceFleet("
             "profile='smartphones'), schedule=DeviceRounds(...))."
         )
+    if isinstance(schedule, DeviceBuffer) and not isinstance(fleet, DeviceFleet):
+        raise MisconfigurationException(
+            f"DeviceBuffer needs devices, got fleet={fleet!r}. Write FederatedTrainer(fleet=DeviceFleet("
+            "profile='smartphones'), schedule=DeviceBuffer(...))."
+        )
     if settings.algorithm.schedule() is not None:
-        _check_asynchronous(settings, sampler, schedule)
-        if isinstance(fleet, DeviceFleet):
-            rank_zero_info(
-                f"{type(settings.algorithm).__name__} asks the fleet how long clients take, and not whether they are "
-                "online, charged or eligible: nobody is refused and nobody drops out."
-            )
+        _check_asynchronous(settings, sampler, None if isinstance(schedule, DeviceBuffer) else schedule)
+    elif isinstance(schedule, DeviceBuffer):
+        raise MisconfigurationException(
+            f"DeviceBuffer is for FedBuff and FedAsync, and {type(settings.algorithm).__name__} works in rounds. Write "
+            "schedule=DeviceRounds(...)."
+        )
 
 
 def _check_asynchronous(settings: FederationSettings, sampler: Any, schedule: Any) -> None:

@@ -1,5 +1,6 @@
 """Devices of clients: compute, battery, network and availability; who may work, and what becomes of it."""
 
+from fl_lightning.devices.buffer import DeviceBuffer
 from fl_lightning.devices.classes import DeviceClasses
 from fl_lightning.devices.conditions import Conditions
 from fl_lightning.devices.device import Device
@@ -35,6 +36,7 @@ __all__ = [
     "Conditions",
     "DeadlineSteps",
     "Device",
+    "DeviceBuffer",
     "DeviceClasses",
     "DeviceFleet",
     "DeviceRounds",

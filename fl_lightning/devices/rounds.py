@@ -268,7 +268,8 @@ class DeviceRounds(Schedule):
         for reason in dict.fromkeys([*self._reasons(), *counts]):  # curves of reasons that are rare have zeros
             metrics[f"devices/dropped/{reason.replace(' ', '_')}"] = float(counts[reason])
         reporting = [last.trips.client_ids[index] for index in last.accepted]
-        metrics.update(self.tallies.add(fleet, occasion.population.client_ids(), reporting, last.trips, last.accepted))
+        hours, battery = last.trips.local_hour[last.accepted], last.trips.battery[last.accepted]
+        metrics.update(self.tallies.add(fleet, occasion.population.client_ids(), reporting, hours, battery))
         metrics["devices/participants"] = float(len(self.participants))
         return metrics
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fl_lightning.devices.classes import CLASSES, DeviceClasses
 from fl_lightning.devices.fleet import DeviceFleet
-from fl_lightning.devices.trips import Trips
 from fl_lightning.types import ClientId
 
 __all__ = ["Tallies"]
+
+Floats = NDArray[np.float64]
 
 
 class Tallies:
@@ -35,19 +37,25 @@ class Tallies:
         fleet: DeviceFleet,
         population: Sequence[ClientId],
         reporting: Sequence[ClientId],
-        trips: Trips,
-        accepted: Sequence[int],
+        hours: Floats,
+        battery: Floats,
     ) -> dict[str, float]:
         """Count a round's reports and return what its report says about them.
+
+        Args:
+            fleet: the devices.
+            population: all clients.
+            reporting: who reported.
+            hours: time of day where each of them was when it was sent work.
+            battery: its level then.
 
         ``devices/share/<class>`` is the part of all reports so far that came from the slowest, middle and fastest third
         of the population: without bias a third each.
         """
         for device_class in DeviceClasses(fleet, population).of(reporting):
             self.by_class[CLASSES.index(device_class)] += 1
-        hours = trips.local_hour[list(accepted)]
         self.by_hour += np.bincount(hours.astype(np.int64) % 24, minlength=24)
-        self.battery = trips.battery[list(accepted)]
+        self.battery = battery
         shares = self.by_class / max(1, int(self.by_class.sum()))
         metrics = {f"devices/share/{name}": float(share) for name, share in zip(CLASSES, shares, strict=True)}
         levels = np.quantile(self.battery, [0.1, 0.5, 0.9]) if len(self.battery) else np.zeros(3)
@@ -64,7 +72,7 @@ class Tallies:
         self.by_class, self.by_hour = state["by_class"].numpy().copy(), state["by_hour"].numpy().copy()
 
 
-def _mean_hour(hours: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+def _mean_hour(hours: Floats) -> float:
     """The mean on the circle: 23 and 1 o'clock have midnight between them, not noon."""
     if not len(hours):
         return 0.0

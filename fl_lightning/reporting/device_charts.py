@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_lightning.data import ClientPopulation
-from fl_lightning.devices import DeviceClasses, DeviceFleet, DeviceRounds
+from fl_lightning.devices import DeviceBuffer, DeviceClasses, DeviceFleet, DeviceRounds
 from fl_lightning.devices.classes import CLASSES
 from fl_lightning.devices.rounds import ABANDONED, LATE, NOT_NEEDED
 from fl_lightning.devices.trips import EMPTY, GAVE_UP, OFFLINE
@@ -55,7 +55,7 @@ class DeviceCharts:
     def __init__(self, charts: RoundCharts, fleet: Any, schedule: Any, population: ClientPopulation) -> None:
         self._charts = charts
         self._fleet = fleet if isinstance(fleet, DeviceFleet) else None
-        self._rounds = schedule if isinstance(schedule, DeviceRounds) else None
+        self._rounds = schedule if isinstance(schedule, DeviceRounds | DeviceBuffer) else None
         self._population = population
 
     def by_class(self, name: str, values: Mapping[ClientId, float]) -> dict[str, float]:

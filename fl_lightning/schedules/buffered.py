@@ -6,7 +6,7 @@ import heapq
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -85,6 +85,7 @@ class BufferedSchedule(Schedule):
                 "simulated_seconds": flush.clock,
                 "staleness/mean": sum(staleness) / len(staleness),
                 "staleness/max": float(max(staleness)),
+                **self.flushed(occasion, flush.buffer, flush.clock),
             },
         )
 
@@ -102,6 +103,37 @@ class BufferedSchedule(Schedule):
                 "everyone."
             )
         return places if occasion.at_most is None else min(places, occasion.at_most)
+
+    # ---- what devices change ------------------------------------------------------------------------------------
+
+    def admitted(self, occasion: Occasion, client_ids: Sequence[ClientId], at: float) -> Sequence[bool]:
+        """Return who may be sent work at a time; everyone, unless devices have conditions."""
+        return [True] * len(client_ids)
+
+    def sent(self, occasion: Occasion, client_id: ClientId, dispatch_id: int, at: float, repeat: int) -> Dispatch:
+        """Send a client work; ``done_at`` is when its place is free again."""
+        return occasion.dispatch(client_id, dispatch_id, at, repeat=repeat)
+
+    def lost(self, dispatch: Dispatch) -> str | None:
+        """Return why a dispatch brings no update, and forget it; ``None`` when it brings one."""
+        return None
+
+    def waited(self, occasion: Occasion, at: float, since: float) -> float:
+        """Return until when to wait for clients that may be sent work, when nobody is at work.
+
+        Raises:
+            NotEnoughClientsError: when it is no use to wait.
+        """
+        raise NotEnoughClientsError(
+            f"Round {occasion.round} waits for more updates, and no client is at work. Bring clients into the "
+            "population."
+        )
+
+    def flushed(self, occasion: Occasion, buffer: Sequence[Dispatch], clock: float) -> Mapping[str, float]:
+        """Return more values for the report of a flush."""
+        return {}
+
+    # ---- what lasts ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         dispatches = [asdict(dispatch) for _, _, dispatch in sorted(self._queue, key=lambda entry: entry[:2])]
@@ -128,6 +160,7 @@ class _Flush:
         self.dropped: dict[ClientId, str] = {}
         self.downloads: list[ClientId] = []
         self._next_id = occasion.next_dispatch_id
+        self._idle_since: float | None = None
         self._ids = occasion.population.client_ids()
         self._exists = self._ids if isinstance(self._ids, range) else frozenset(self._ids)
         self._busy = Counter(dispatch.client_id for _, _, dispatch in self.queue)
@@ -141,13 +174,13 @@ class _Flush:
             if not self.queue or (self.queue[0][0] > self.clock and len(self.queue) < self.places):
                 self._fill()
             if not self.queue:
-                raise NotEnoughClientsError(
-                    f"Round {self.occasion.round} waits for {size - len(self.buffer)} more updates, and no client "
-                    "is at work. Bring clients into the population."
-                )
+                self._idle_since = self.clock if self._idle_since is None else self._idle_since
+                self.clock = self.schedule.waited(self.occasion, self.clock, self._idle_since)
+                continue
+            self._idle_since = None
             self.clock, _, dispatch = heapq.heappop(self.queue)
             self._busy[dispatch.client_id] -= 1
-            reason = self._refusal(dispatch)
+            reason = self.schedule.lost(dispatch) or self._refusal(dispatch)
             if reason is None:
                 self.buffer.append(dispatch)
             else:
@@ -172,7 +205,8 @@ class _Flush:
             chosen.append(client_id)
         # in an order of their ids, as the cohort of a round in step: the same dispatches then have the same ids
         for client_id in sorted(chosen, key=sort_key):
-            dispatch = self.occasion.dispatch(client_id, self._next_id, self.clock, repeat=self._sent[client_id])
+            repeat = self._sent[client_id]
+            dispatch = self.schedule.sent(self.occasion, client_id, self._next_id, self.clock, repeat)
             if not 0 <= dispatch.done_at - dispatch.sent_at < math.inf:
                 raise MisconfigurationException(
                     f"The fleet says that client {client_id!r} takes {dispatch.done_at - dispatch.sent_at} seconds; "
@@ -189,9 +223,11 @@ class _Flush:
         self.num_drawn += 1
         for _ in range(_TRIES):
             client_id: ClientId = self._ids[draw.randrange(len(self._ids))]
-            if self._is_free(client_id):
+            if self._is_free(client_id) and self.schedule.admitted(self.occasion, [client_id], self.clock)[0]:
                 return client_id
         free = [client_id for client_id in self._ids if self._is_free(client_id)]
+        admitted = self.schedule.admitted(self.occasion, free, self.clock)
+        free = [client_id for client_id, may in zip(free, admitted, strict=True) if may]
         return draw.choice(free) if free else None
 
     def _is_free(self, client_id: ClientId) -> bool:
