@@ -1,8 +1,8 @@
 """``python -m benchmarks``: the table of docs/performance.md; ``--help`` lists what else is measured.
 
-``python -m benchmarks processes`` compares two processes with one, ``kernels`` profiles a round, ``compression`` measures
-encoding and decoding, ``python -m benchmarks.scale`` what must not grow, and ``python -m benchmarks.papers`` reproduces
-papers.
+``python -m benchmarks processes`` compares two processes with one, ``kernels`` profiles a round, ``compression``
+measures encoding and decoding, ``python -m benchmarks.scale`` what must not grow, and ``python -m benchmarks.papers``
+reproduces papers.
 """
 
 from __future__ import annotations
