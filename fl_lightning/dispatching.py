@@ -218,24 +218,35 @@ class Dispatcher:
         override = self.settings.override_of(client_id)
         steps = override.get("steps", None if "epochs" in override else self.settings.local_steps)
         epochs = None if steps is not None else override.get("epochs", self.settings.local_epochs)
-        return Work(epochs, steps, factor, override.get("lr"), override.get("batch_size"))
+        width = float(override.get("width", 1.0))
+        return Work(epochs, steps, factor, override.get("lr"), override.get("batch_size"), width=width)
 
     def tasks(self, plan: Plan, round: int) -> list[ClientTask]:
         """Return the tasks of a plan; :attr:`versions` must hold the broadcasts that they train from."""
         offsets = {dispatch.client_id: self.client_steps.get(dispatch.client_id, 0) for dispatch in plan.dispatches}
+        narrow: dict[tuple[int, float], Mapping[str, Tree]] = {}  # clients of one width share one model
         several = len(offsets) < len(plan.dispatches)
         tasks = []
         for dispatch in plan.dispatches:
-            tasks.append(self._task(dispatch, round, offsets[dispatch.client_id]))
+            own = dispatch.version, dispatch.work.width
+            if own not in narrow:
+                narrow[own] = self._broadcast(*own)
+            tasks.append(self._task(dispatch, round, offsets[dispatch.client_id], narrow[own]))
             if several:  # a client's curve goes on where its dispatch before this one ends
                 offsets[dispatch.client_id] += self.num_steps(dispatch.client_id, dispatch.work)
         return tasks
 
-    def _task(self, dispatch: Dispatch, round: int, step_offset: int) -> ClientTask:
+    def _broadcast(self, version: int, width: float) -> Mapping[str, Tree]:
+        whole = self.versions[version]
+        if width == 1.0:
+            return whole
+        return {**whole, "model": self.settings.algorithm.narrowed(whole["model"], width)}
+
+    def _task(self, dispatch: Dispatch, round: int, step_offset: int, broadcast: Mapping[str, Tree]) -> ClientTask:
         purpose = f"training {dispatch.repeat}" if dispatch.repeat else "training"
         seed = seed_for(self.settings.seed, dispatch.version, dispatch.client_id, purpose)
         work = replace(dispatch.work, step_offset=step_offset) if step_offset else dispatch.work
-        return ClientTask(dispatch.client_id, round, dispatch.dispatch_id, self.versions[dispatch.version], seed, work)
+        return ClientTask(dispatch.client_id, round, dispatch.dispatch_id, broadcast, seed, work)
 
     # ---- how much work that is ---------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from fl_lightning.types import ClientId
 
 __all__ = ["FederationSettings", "Overrides", "check_override", "rehearsal"]
 
-_OVERRIDES = {"batch_size", "epochs", "lr", "steps"}
+_OVERRIDES = {"batch_size", "epochs", "lr", "steps", "width"}
 
 
 Override: TypeAlias = Mapping[str, Any]
@@ -85,3 +85,7 @@ def check_override(client_id: ClientId, override: Any) -> None:
     for name, value in override.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise MisconfigurationException(f"Expected client_overrides[{client_id!r}][{name!r}] > 0, got {value!r}.")
+    if override.get("width", 1) > 1:
+        raise MisconfigurationException(
+            f"Expected client_overrides[{client_id!r}]['width'] in (0, 1], got {override['width']!r}."
+        )

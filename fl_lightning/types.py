@@ -46,6 +46,7 @@ class Work:
         deadline: seconds on the fleet's clock after which the client's report is late; ``None`` waits for ever.
         partial: whether ``steps`` is less than the whole work, as a deadline leaves it.
         step_offset: steps that the client took in earlier rounds, where its curve goes on.
+        width: part of every hidden layer that the client trains, in (0, 1]; less than 1 needs ``HeteroFL``.
     """
 
     epochs: int | None = 1
@@ -56,6 +57,7 @@ class Work:
     deadline: float | None = None
     partial: bool = False
     step_offset: int = 0
+    width: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from fl_lightning.algorithms.fednova import FedNova
 from fl_lightning.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fl_lightning.algorithms.fedprox import FedProx
 from fl_lightning.algorithms.fedrep import FedRep
+from fl_lightning.algorithms.heterofl import HeteroFL
 from fl_lightning.algorithms.mimelite import MimeLite
 from fl_lightning.algorithms.personal import Ditto, FedPer
 from fl_lightning.algorithms.qfedavg import QFedAvg
@@ -33,6 +34,7 @@ __all__ = [
     "FedProx",
     "FedRep",
     "FedYogi",
+    "HeteroFL",
     "MimeLite",
     "QFedAvg",
     "Scaffold",

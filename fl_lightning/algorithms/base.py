@@ -100,6 +100,17 @@ class Algorithm:
             return weight
         return float(update.num_examples) if self.weights == "examples" else 1.0
 
+    def narrowed(self, model: Tree, width: float) -> Tree:
+        """Return the broadcast model as a client of some width gets it.
+
+        Raises:
+            MisconfigurationException: unless the algorithm sums clients of different width.
+        """
+        raise MisconfigurationException(
+            f"{type(self).__name__} sums whole models, and a client was asked to train {width:g} of its width. Use "
+            "algorithm=HeteroFL(), or leave out width and AdaptiveWidth."
+        )
+
     def contribute(self, update: ClientUpdate, task: ClientTask, memory: Memory) -> tuple[Contribution, Memory | None]:
         """Return the client's summand and its next memory (``None`` keeps the old one)."""
         weight = self.weight(update)

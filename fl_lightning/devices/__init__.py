@@ -22,12 +22,13 @@ from fl_lightning.devices.eligibility import (
 from fl_lightning.devices.energy import EnergyModel
 from fl_lightning.devices.fleet import DeviceFleet
 from fl_lightning.devices.participants import Participants
-from fl_lightning.devices.policies import AdaptiveEpochs, Circumstances, DeadlineSteps, WorkPolicy
+from fl_lightning.devices.policies import AdaptiveEpochs, AdaptiveWidth, Circumstances, DeadlineSteps, WorkPolicy
 from fl_lightning.devices.rounds import DeviceRounds
 from fl_lightning.devices.samplers import FairSampler, OortSampler
 
 __all__ = [
     "AdaptiveEpochs",
+    "AdaptiveWidth",
     "AllOf",
     "BatteryAtLeast",
     "Charging",

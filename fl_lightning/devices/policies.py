@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fl_lightning.errors import MisconfigurationException
 from fl_lightning.types import ClientId, Work
 
-__all__ = ["AdaptiveEpochs", "Circumstances", "DeadlineSteps", "WorkPolicy", "adapted"]
+__all__ = ["AdaptiveEpochs", "AdaptiveWidth", "Circumstances", "DeadlineSteps", "WorkPolicy", "adapted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class Circumstances:
         step_seconds: seconds of one step on this device.
         travel_seconds: seconds that the model and the update travel.
         seconds_left: until the round's deadline; infinite without one.
+        memory_gb: memory in GB.
     """
 
     client_id: ClientId
@@ -33,6 +34,7 @@ class Circumstances:
     step_seconds: float
     travel_seconds: float
     seconds_left: float
+    memory_gb: float = math.inf
 
 
 class WorkPolicy:
@@ -111,6 +113,44 @@ class DeadlineSteps(WorkPolicy):
         return replace(work, epochs=None, steps=steps, partial=True)
 
 
+class AdaptiveWidth(WorkPolicy):
+    """A narrower model where the whole one does not fit into a device's memory; for ``HeteroFL``.
+
+    Widths are 1, 1/2, 1/4 and so on down to ``smallest``; a device gets the largest whose need, ``width * memory_gb``,
+    it meets, and ``smallest`` when it meets none. On the virtual clock and for its battery a step then takes the square
+    of the width, as products of two cut sides do; the uncut input and output make a real one a little dearer.
+
+    Args:
+        memory_gb: what training the whole model needs, in GB, > 0.
+        smallest: least width, in (0, 1].
+
+    Raises:
+        MisconfigurationException: for numbers outside of these ranges.
+
+    Example:
+        >>> small = Circumstances("a", 1.0, False, 50, 1.0, 2.0, seconds_left=90, memory_gb=3.0)
+        >>> AdaptiveWidth(memory_gb=6.0).adapt(Work(epochs=5), small).width
+        0.5
+
+    References:
+        Diao et al., *HeteroFL*, 2021, section 4: its levels a to e are widths 1 to 1/16.
+    """
+
+    def __init__(self, memory_gb: float, smallest: float = 0.0625) -> None:
+        if not 0 < memory_gb < math.inf or not 0 < smallest <= 1:
+            raise MisconfigurationException(
+                f"AdaptiveWidth expected memory_gb > 0 and smallest in (0, 1], got memory_gb={memory_gb!r} and "
+                f"smallest={smallest!r}."
+            )
+        self.memory_gb, self.smallest = memory_gb, smallest
+
+    def adapt(self, work: Work, now: Circumstances) -> Work:
+        width = 1.0
+        while width > self.smallest and width * self.memory_gb > now.memory_gb:
+            width = max(width / 2, self.smallest)
+        return replace(work, width=min(work.width, width))
+
+
 def adapted(
     work: Work, now: Circumstances, policies: Sequence[WorkPolicy], num_steps: Callable[[Work], int]
 ) -> tuple[Work, int]:
@@ -118,5 +158,6 @@ def adapted(
     for policy in policies:
         changed = policy.adapt(work, now)
         if changed != work:
-            work, now = changed, replace(now, num_steps=num_steps(changed))
+            step_seconds = now.step_seconds * (changed.width / work.width) ** 2
+            work, now = changed, replace(now, num_steps=num_steps(changed), step_seconds=step_seconds)
     return work, now.num_steps

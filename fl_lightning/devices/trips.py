@@ -94,6 +94,7 @@ def send(
     num_steps = np.zeros(len(ids))
     for index, client_id in enumerate(ids):
         work = replace(occasion.work(client_id), deadline=deadline)
+        step_seconds[index] *= work.width**2
         circumstances = Circumstances(
             client_id,
             float(now.battery[index]),
@@ -102,8 +103,11 @@ def send(
             float(step_seconds[index]),
             float(down[index] + up[index]),
             math.inf if deadline is None else deadline,
+            float(now.memory_gb[index]),
         )
+        before = work.width
         work, num_steps[index] = adapted(work, circumstances, policies, partial(occasion.num_steps, client_id))
+        step_seconds[index] *= (work.width / before) ** 2
         works.append(work)
     train = num_steps * step_seconds
     reports_at = begin + down + train + up
