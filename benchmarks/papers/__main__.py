@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.papers import compression, fedbuff, heart, mnist, quadratics, synthetic
+from benchmarks.papers import compression, fedbuff, heart, mnist, quadratics, synthetic, synthetic_by_hand
 from benchmarks.papers.rows import Row, finished, print_table, write_rows
 from benchmarks.papers.training import silence
 
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "quadratics": quadratics.run,
     "synthetic": synthetic.run,
+    "synthetic-by-hand": synthetic_by_hand.run,
     "fedbuff": fedbuff.run,
     "heart": heart.run,
     "mnist": mnist.run,
@@ -39,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     commands = found.add_subparsers(dest="experiment", required=True)
     commands.add_parser("quadratics", parents=[common], help="closed forms, to 1e-8")
     synthetic.add_arguments(commands.add_parser("synthetic", parents=[common], help="FedProx with stragglers"))
+    synthetic.add_arguments(
+        commands.add_parser("synthetic-by-hand", parents=[common], help="the same in NumPy, without this library")
+    )
     heart.add_arguments(commands.add_parser("heart", parents=[common], help="FLamby's Fed-Heart-Disease"))
     mnist.add_arguments(commands.add_parser("mnist", parents=[common], help="FedAvg's rounds to an accuracy"))
     fedbuff.add_arguments(commands.add_parser("fedbuff", parents=[common], help="FedBuff's time to an accuracy"))

@@ -7,10 +7,12 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 
-from benchmarks.papers import heart, quadratics, synthetic
+from benchmarks.papers import heart, mnist, quadratics, synthetic, synthetic_by_hand
 from benchmarks.papers.__main__ import main, parser
 from benchmarks.papers.quadratics import OPTIMA, STEPS, WEIGHTS, Laboratory, Quadratic, clients, compared, shares
 from benchmarks.papers.rows import Row, finished, print_table
@@ -81,6 +83,37 @@ def test_slow_devices_do_a_part_of_the_work_and_it_counts() -> None:
     assert [r.num_steps for r in dropped.round_history] == [3 * steps[ids[1]]] * 2
 
 
+@pytest.mark.parametrize(("mu", "drop"), [(0.0, True), (1.0, False)])
+def test_stragglers_by_hand_are_the_trainers(mu: float, drop: bool) -> None:
+    """With all of a device in one batch no order of examples is left, in which the two could differ."""
+    data = synthetic.Data(alpha=1.0, beta=1.0, seed=2, batch_size=10**6)
+    ids = sorted(data.client_ids(), key=data.client_size)[:3]
+    plan = Plan([[ids[0], ids[1]], [ids[1], ids[2]]], [{ids[0]: 2}, {ids[2]: 1}])
+    module = synthetic.Module(60, 10, lr=0.01)
+    algorithm, cohorts = (FedAvg(), plan.fast()) if drop else (PartialWork(mu, plan.epochs), plan.cohorts)
+    federate(
+        module, data, algorithm, Path("logs"), "trainer", 0, max_rounds=2, local_epochs=20,
+        sampler=FixedSampler(cohorts), callbacks=[start := Start()],
+    )  # fmt: skip
+    by_hand = synthetic_by_hand.simulate(
+        synthetic_by_hand.devices(data), plan, mu, drop, start.weights, batch_size=10**6
+    )[-1]
+    found = weights_of(module)
+    assert np.abs(by_hand - start.weights).max() > 0.01
+    assert found == pytest.approx(by_hand, abs=1e-5)
+
+
+class Start(pl.Callback):
+    """Keeps the weights that a training starts from."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.weights = weights_of(pl_module)
+
+
+def weights_of(module: Any) -> Any:
+    return torch.cat([module.net.weight.detach(), module.net.bias.detach()[:, None]], dim=1).double().numpy().T.copy()
+
+
 def test_the_objective_is_the_loss_on_everybodys_training_examples() -> None:
     data = synthetic.Data(iid=True, seed=0)
     trainer = federate(
@@ -121,6 +154,24 @@ def test_loops_agree_on_the_hospitals() -> None:
         weights.append({name: p.detach().clone() for name, p in trainer.lightning_module.named_parameters()})
         assert sorted(heart.hospitals(trainer)) == ["cleveland", "hungary", "switzerland", "va-long-beach"]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+# McMahan et al. 2017, table 2 (and table 1's row of the 2NN): E, B, rounds of IID and non-IID clients
+PAPER = {
+    "2nn": (1, 10, 87, 664),
+    "cnn": (1, 10, 34, 350),
+    "cnn-e5": (5, 10, 20, 229),
+    "cnn-e5-b50": (5, 50, 29, 334),
+    "cnn-e20": (20, 10, 18, 173),
+    "cnn-sgd": (1, 600, 626, 483),
+}
+
+
+def test_the_entries_of_fedavgs_table_are_the_papers() -> None:
+    ours = {name: (s.epochs, s.batch_size, *s.published) for name, s in mnist.SETTINGS.items()}
+    assert ours == PAPER
+    # 600 digits of a client are one batch, so that FedSGD takes one step a round
+    assert mnist.SETTINGS["cnn-sgd"].batch_size == 60_000 / 100
 
 
 def test_every_experiment_has_its_options() -> None:
