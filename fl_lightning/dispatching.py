@@ -140,6 +140,8 @@ class Dispatcher:
         self.bytes_down = self.bytes_up = 0
         self.client_steps: dict[ClientId, int] = {}
         self.versions: dict[int, Mapping[str, Tree]] = {}
+        self._lengths: dict[tuple[ClientId, int | None], int | None] = {}
+        """Batches of the loaders that this round has opened: a plan asks several times, and data may change later."""
         self._plan: Plan | None = None
         self._committed: dict[str, Any] | None = None
 
@@ -151,6 +153,7 @@ class Dispatcher:
         Raises:
             NotEnoughClientsError: when fewer than ``min_clients`` exist or are chosen.
         """
+        self._lengths = {}
         if self._committed is None:  # an error before the first commit leaves the beginning behind
             self._committed = self._state()
         available = len(self.population.client_ids())
@@ -254,10 +257,13 @@ class Dispatcher:
         """Return how many optimizer steps some work is, by the length of the client's loader."""
         if work.steps is not None:
             return work.steps
-        try:
-            batches = sized_len(self.population.client_dataloader(client_id, work.batch_size))
-        except Exception:  # a loader that cannot be opened is the client's failure, and named when it trains
-            batches = None
+        loader = client_id, work.batch_size
+        if loader not in self._lengths:
+            try:
+                self._lengths[loader] = sized_len(self.population.client_dataloader(*loader))
+            except Exception:  # a loader that cannot be opened is the client's failure, and named when it trains
+                self._lengths[loader] = None
+        batches = self._lengths[loader]
         limit = self.limits.get("overfit_batches") or self.limits.get("limit_train_batches")
         if batches is not None and limit is not None:
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
