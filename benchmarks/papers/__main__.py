@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = EXPERIMENTS[options.experiment](options)
     print_table(options.experiment, rows)
     write_rows(options.output / options.experiment / f"{options.name or 'rows'}.json", rows)
-    print(f"Curves: {options.output / options.experiment} (PNG), tensorboard --logdir {options.output}")
+    print(f"Table and curves: {options.output / options.experiment}, tensorboard --logdir {options.output}")
     return 0 if finished(rows) else 1
 
 
