@@ -87,7 +87,9 @@ class DeadZone(TreeTransform):
             raise PayloadError(f"expected a finite step, got {unit!r}")
         places, codes = unpack_sparse(counts, powers, bytes_of(data), num_elements(template))
         wide = any(tensor.dtype == torch.float64 for tensor in template.values())
-        return scattered((codes * unit).astype(np.float64 if wide else np.float32), places, template)
+        with np.errstate(over="ignore"):  # what became infinite is found with everything else that is not finite
+            values = (codes * unit).astype(np.float64 if wide else np.float32)
+        return scattered(values, places, template)
 
     def _unit(self, arrays: Sequence[Array]) -> float:
         squares, largest, num = 0.0, 0.0, 0

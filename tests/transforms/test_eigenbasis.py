@@ -204,6 +204,11 @@ def test_the_code_is_close_to_the_entropy() -> None:
     assert entropy < len(data) + 2 * len(counts) < 1.15 * entropy
 
 
+def pack_sparse_list(places: list[int], values: list[int], total: int) -> list[Any]:
+    counts, powers, data = pack_sparse(np.array(places), np.array(values), total)
+    return [counts, powers, torch.from_numpy(data)]
+
+
 def test_bytes_that_are_no_codes_are_refused() -> None:
     counts, powers, data = pack_sparse(np.array([3, 4, 700]), np.array([1, -9, 2]), 1000)
     for wrong in (data[:-1], np.concatenate([data, data[:1]]), data[:0]):
@@ -217,6 +222,10 @@ def test_bytes_that_are_no_codes_are_refused() -> None:
     codec = Codec([DeadZone(1.0)], 0, {"w": torch.zeros(9)})
     data_, _ = codec.encode(Contribution({"delta": {"w": torch.arange(9.0)}}, {"weight": 1.0}), task(), {})
     assert codec.decode(data_, task()).trees["delta"]["w"].any()
+    huge = codec.transform.parts[0].decode_tree(  # type: ignore[attr-defined]
+        {}, [3e38, *pack_sparse_list([0, 1], [1, 9], 9)], codec._exchange(task()), codec._model
+    )
+    assert huge["w"].isinf().tolist() == [False, True, *[False] * 7]  # which the codec then refuses, without a warning
     for unit in (math.inf, -1.0, math.nan, "1", True):
         with pytest.raises(PayloadError, match="expected a finite step"):
             codec.transform.parts[0].decode_tree(  # type: ignore[attr-defined]
