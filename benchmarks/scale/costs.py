@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.contenders import Run
 from benchmarks.ours import Clients, Module, federation, silence
-from benchmarks.scale.federations import QUIET, Classifier, Same, Samples, TimedEngine, fit
+from benchmarks.scale.federations import QUIET, Classifier, Same, Samples, TimedEngine, fit, fit_plain
 from benchmarks.workloads import WORKLOADS
 
 __all__ = ["client", "evaluation", "outer", "workers"]
@@ -46,21 +46,30 @@ def workers(num_workers: int, num_clients: int = 20) -> dict[str, float]:
 
 
 def outer(count: int) -> dict[str, float]:
-    """Milliseconds of a round with TensorBoard and the default checkpoint without those of its one client."""
+    """Milliseconds of a round with TensorBoard and the default checkpoint without those of its one client.
+
+    Beside them stand those of an epoch of one step in Lightning's own Trainer, with the same logger and checkpoints.
+    """
     engine, samples, inside = TimedEngine(), Samples(), [0.0]
 
     class Inside(Samples):
         def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             inside.append(engine.cpu)
 
+    data, module = Same(1, 10, 60), Module(nn.Linear(60, 10), 0.1)
     with TemporaryDirectory() as folder:
-        callbacks = [samples, Inside()]
-        module = Module(nn.Linear(60, 10), 0.1)
-        fit(Same(1, 10, 60), module, folder, max_rounds=count, callbacks=callbacks, engine=engine)
+        fit(data, module, folder, max_rounds=count, callbacks=[samples, Inside()], engine=engine)
+    plain = Samples()
+    with TemporaryDirectory() as folder:
+        arguments = {"max_epochs": count, "callbacks": [plain], "log_every_n_steps": 1}
+        fit_plain(data.client_dataloader(0), module, folder, **arguments)
     clients = [after - before for before, after in pairwise(inside[1:])]
     outside = [whole - own for whole, own in zip(samples.cpu[1:], clients, strict=True)]
-    found = samples.round_ms(count // 2)
-    return {"rounds": count, "outer_cpu_ms": 1e3 * median(outside[count // 2 :]), **found}
+    half = count // 2
+    return {
+        "rounds": count, "outer_cpu_ms": 1e3 * median(outside[half:]), **samples.round_ms(half),
+        "plain_epoch_cpu_ms": plain.round_ms(half)["round_cpu_ms"],
+    }  # fmt: skip
 
 
 class Logs(pl.LightningModule):
@@ -109,7 +118,7 @@ def _ours(data: Same, module: Logs, rounds: int, loop: str) -> list[float]:
     return samples.cpu[1:]
 
 
-def client(num_clients: int, turns: int = 5, rounds: int = 4, few: int = 2, many: int = 22) -> dict[str, float]:
+def client(num_clients: int, turns: int = 3, rounds: int = 4, few: int = 2, many: int = 22) -> dict[str, float]:
     """CPU microseconds that a loop costs over a plain one, as a fixed part a client and a part a step.
 
     Every turn runs all loops with few and with many steps; the line through the two is the cost, and the median over

@@ -21,10 +21,12 @@ from fl_lightning.engines import InProcessEngine
 from fl_lightning.local.client import ClientResult
 from fl_lightning.types import ClientTask
 
-__all__ = ["QUIET", "Classifier", "Same", "Samples", "TimedEngine", "fit", "peak_mib"]
+__all__ = ["QUIET", "Classifier", "Same", "Samples", "TimedEngine", "fit", "fit_plain", "peak_mib"]
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
 """Neither curves nor checkpoints."""
+
+_DEFAULTS: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 
 
 class Same:
@@ -100,12 +102,15 @@ class TimedEngine(InProcessEngine):
 def fit(data: Any, module: pl.LightningModule, folder: str | Path, ckpt_path: Any = None, **arguments: Any) -> Any:
     """Run a federation without bars and return its trainer."""
     silence()
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder,
-    }  # fmt: skip
-    trainer = FederatedTrainer(**{**defaults, **arguments})
+    trainer = FederatedTrainer(default_root_dir=folder, **{**_DEFAULTS, **arguments})
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return trainer
+
+
+def fit_plain(loader: DataLoader[Any], module: pl.LightningModule, folder: str | Path, **arguments: Any) -> None:
+    """Train one client's data in Lightning's own Trainer."""
+    silence()
+    pl.Trainer(default_root_dir=folder, **{**_DEFAULTS, **arguments}).fit(module, loader)
 
 
 def peak_mib() -> float:

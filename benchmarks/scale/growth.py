@@ -8,11 +8,10 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import nn
 
-from benchmarks.ours import Module, silence
-from benchmarks.scale.federations import QUIET, Classifier, Same, Samples, fit, peak_mib
+from benchmarks.ours import Module
+from benchmarks.scale.federations import QUIET, Classifier, Same, Samples, fit, fit_plain, peak_mib
 
 __all__ = ["large", "population", "resume", "rounds"]
 
@@ -64,12 +63,7 @@ def large(num_clients: int, width: int = 4950) -> dict[str, float]:
         if num_clients:
             fit(data, module, folder, max_rounds=1, **QUIET)
         else:
-            silence()
-            plain: Any = pl.Trainer(
-                max_epochs=1, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
-                default_root_dir=folder, **QUIET,
-            )  # fmt: skip
-            plain.fit(module, data.client_dataloader(0))
+            fit_plain(data.client_dataloader(0), module, folder, max_epochs=1, **QUIET)
     model = sum(p.numel() * 4 for p in network.parameters()) / 2**20
     return {
         "clients": num_clients, "model_mib": model, "peak_mib": peak_mib(),
