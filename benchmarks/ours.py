@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +16,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks.contenders import Contender, Run, Stopwatch
 from benchmarks.program import run_program
@@ -55,11 +56,20 @@ class Module(pl.LightningModule):
 
 
 class Clients:
-    """The user's data: a loader for each client, made when it is asked for."""
+    """The user's data: a loader for each client, made when it is asked for.
 
-    def __init__(self, workload: Workload, num_workers: int = 0) -> None:
+    Args:
+        workload: says how many.
+        num_workers: worker processes of each loader.
+        data_set: makes a data set of a client's tensors; only a ``TensorDataset`` is read without its loader.
+    """
+
+    def __init__(
+        self, workload: Workload, num_workers: int = 0, data_set: Callable[..., Dataset[Any]] = TensorDataset
+    ) -> None:
         self.workload = workload
         self.num_workers = num_workers
+        self.data_set = data_set
         self.inputs, self.labels = workload.data()
 
     def client_ids(self) -> range:
@@ -71,7 +81,7 @@ class Clients:
     def client_dataloader(self, client_id: int) -> DataLoader[Any]:
         size = self.workload.examples
         part = slice(client_id * size, (client_id + 1) * size)
-        data = TensorDataset(self.inputs[part], self.labels[part])
+        data = self.data_set(self.inputs[part], self.labels[part])
         return DataLoader(data, self.workload.batch_size, shuffle=True, num_workers=self.num_workers)
 
 
