@@ -93,7 +93,8 @@ def _setting(options: argparse.Namespace, name: str, slow: float) -> list[Row]:
             print(f"({name}) {slow:.0%} {label} seed {seed}: {ends[label][-1]}", flush=True)
     title = f"synthetic({name}), {slow:.0%} stragglers"
     draw(options.output / "synthetic" / f"{name}-{slow:.0%}.png", curves, "test accuracy", title)
-    return _rows(title, ends, gated=slow == 0.9)
+    # devices that differ less have less to gain: the gate is that of the data that differ most
+    return _rows(title, ends, gated=slow == 0.9 and name == "1,1")
 
 
 def _contenders(options: argparse.Namespace, plan: Plan) -> list[tuple[str, Algorithm, list[list[Any]]]]:
