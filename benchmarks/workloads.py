@@ -84,7 +84,7 @@ WORKLOADS = {
         Workload("W3", "logistic 60-10, tiny and many", 10_000, 50, 1000, 10, 0.1, logistic, _classes(60)),
         Workload("W4", "transformer on characters", 100, 64, 10, 16, 0.5, CharTransformer, _text),
         Workload(
-            "W5", "ResNet-18 with GroupNorm", 20, 40, 2, 20, 0.002, resnet18_groupnorm, _classes(3, 32, 32, signal=2.0)
+            "W5", "ResNet-18 with GroupNorm", 20, 40, 2, 20, 0.001, resnet18_groupnorm, _classes(3, 32, 32, signal=4.0)
         ),
     )
 }
