@@ -19,7 +19,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 
 from fl_lightning.types import ClientId
 
-__all__ = ["forked_rng", "root_seed", "seed_everywhere", "seed_for"]
+__all__ = ["forked_rng", "rng_states", "root_seed", "seed_everywhere", "seed_for"]
 
 
 def seed_for(root: int, round: int, client_id: ClientId | None, purpose: str) -> int:
@@ -77,7 +77,7 @@ def forked_rng(seed: int) -> Iterator[None]:
     cuda: Any = torch.cuda
     accelerated = cuda.is_initialized()
     # on a CPU at half the cost of Lightning's collection, which turns NumPy's state into a list of 624 integers
-    states = _collect_rng_states(include_cuda=True) if accelerated else _cpu_states()
+    states = _collect_rng_states(include_cuda=True) if accelerated else rng_states()
     seed_everywhere(seed)
     try:
         yield
@@ -90,5 +90,6 @@ def forked_rng(seed: int) -> Iterator[None]:
             random.setstate(states["python"])
 
 
-def _cpu_states() -> dict[str, Any]:
+def rng_states() -> dict[str, Any]:
+    """Return the states of the global generators on the CPU: torch's, NumPy's and Python's."""
     return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}  # noqa: NPY002 (the global one)

@@ -40,7 +40,7 @@ def choose_loop(module: pl.LightningModule, algorithm: Algorithm, settings: Loca
         return LightningLoop(module, algorithm, settings)
     loop = LeanLoop(module, algorithm, settings)
     if loop.reason is None:
-        rank_zero_info(f"Clients train in LeanLoop: {type(module).__name__} is plain.")
+        rank_zero_info(f"Clients train in LeanLoop: {type(module).__name__} is plain. {_grouping(loop)}")
         return loop
     if settings.local_loop == "lean":
         raise MisconfigurationException(
@@ -49,3 +49,14 @@ def choose_loop(module: pl.LightningModule, algorithm: Algorithm, settings: Loca
         )
     rank_zero_info(f"Clients train in LightningLoop: {loop.reason}.")
     return LightningLoop(module, algorithm, settings)
+
+
+def _grouping(loop: LeanLoop) -> str:
+    together = loop.together
+    if loop.groups:
+        return f"Groups of at most {together.size} of a lane train at once, if they can."
+    if together.reason is not None:
+        return f"They train one at a time: {together.reason}."
+    if loop.settings.group_size == "auto":
+        return "They train one at a time: a group of them would be slower on a CPU."
+    return "They train one at a time, as group_size=1 asks."

@@ -217,6 +217,8 @@ class Fit:
         for hook in self._batch_start:
             if hook(batch, index) == -1:
                 raise NotPlain("on_train_batch_start skips the rest of an epoch")
+        if _count(self._optimizer) != len(self._parameters):  # a hook unfroze something
+            self._prepare()
         if self._count_examples and progress.epoch == 0:
             self.num_examples += extract_batch_size(batch) if size is None else size
         outputs = self._optimize(batch, index, accumulates)
@@ -316,6 +318,10 @@ class Fit:
             callback.num_corrections += 1
 
         return correct
+
+
+def _count(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def configure(module: pl.LightningModule) -> tuple[list[Optimizer], list[Any]]:

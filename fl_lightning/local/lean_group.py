@@ -6,13 +6,15 @@ size go together, so nothing is padded: in an epoch first all full batches, then
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, vmap
 
 from fl_lightning.callbacks import StepCounter
@@ -56,7 +58,8 @@ class Group:
         self._index: Any = 0 if uses_index else _Index()
         self._counts = [0] * len(members)
         self._progress = Progress()
-        self.module.trainer = GroupTrainer(self._progress, facts)  # type: ignore[assignment]
+        self._trainer = GroupTrainer(self._progress, facts)
+        self.module.trainer = self._trainer  # type: ignore[assignment]
         vars(self.module)["log"] = self.log.log
         self._optimizer, configs = self._configure()
         self._rates = self._rate_tables()
@@ -107,12 +110,28 @@ class Group:
             if grad is None:
                 raise CannotGroup(f"its parameter {name!r} gets no gradient")
 
+    def saved_bytes(self) -> int:
+        """Return what one step of one client keeps for its backward pass, beside the parameters."""
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        batch = self._data.batch(1, 0, self.members[0].sizes(0)[0])
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss, *_ = self._loss({}, [tensor[0] for tensor in batch])
+        del loss  # until here nothing it saved could give its place to something else
+        own = {p.untyped_storage().data_ptr() for p in self.module.parameters()}
+        return sum(size for place, size in kept.items() if place not in own)
+
     # ---- training ----------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Run every client to its end."""
         self.log.keep_ticks = any(member.job.logged for member in self.members)
-        versions = [buffer._version for buffer in self.module.buffers()]
+        before = [(buffer, buffer._version) for buffer in self.module.buffers()]
         sizes = [member.sizes(0) for member in self.members]
         with self._fused.forwards():
             while any(sizes):
@@ -123,7 +142,8 @@ class Group:
                 self._run_epoch(sizes)
                 self._epoch += 1
                 sizes = [member.sizes(self._epoch) for member in self.members]
-        if versions != [buffer._version for buffer in self.module.buffers()]:
+        now = [(buffer, buffer._version) for buffer in self.module.buffers()]
+        if len(now) != len(before) or any(a is not b or v != w for (a, v), (b, w) in zip(before, now, strict=True)):
             raise CannotGroup("training_step writes to its buffers")
 
     def _run_epoch(self, sizes: Sequence[list[int]]) -> None:
@@ -199,7 +219,8 @@ class Group:
         return loss.reshape(()), self.log.logged(), self._fused.kept()
 
     def _rates_at(self, which: list[int], indices: list[int], sizes: Sequence[list[int]]) -> list[float | Tensor]:
-        rates = [self._rates[row].at(self._scheduled(row, i)) for row, i in zip(which, indices, strict=True)]
+        with self._trainer.scheduling():
+            rates = [self._rates[row].at(self._scheduled(row, i)) for row, i in zip(which, indices, strict=True)]
         if len(set(rates)) == 1:
             return list(rates[0])
         return [torch.tensor(column, dtype=torch.float64) for column in zip(*rates, strict=True)]
@@ -308,6 +329,22 @@ class GroupTrainer(LeanTrainer):
 
     def __init__(self, progress: Progress, facts: Facts) -> None:
         super().__init__(progress, [], [], facts.device, facts.precision)
+        vars(self)["_schedules"] = False
+
+    @contextmanager
+    def scheduling(self) -> Iterator[None]:
+        """While schedulers step, for whoever comes first to a count, there is no epoch: clients get there in others."""
+        vars(self)["_schedules"] = True
+        try:
+            yield
+        finally:
+            vars(self)["_schedules"] = False
+
+    @property
+    def current_epoch(self) -> int:
+        if vars(self)["_schedules"]:
+            self._refuse()
+        return self._own.epoch
 
     def _refuse(self) -> Any:
         self._own.refuse("it looks at something of self.trainer that differs from client to client")

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.optim import SGD, Optimizer
@@ -33,7 +34,6 @@ def plain_sgd(optimizer: Optimizer) -> bool:
     """Whether a step only adds the gradient and decays the weight.
 
     Example:
-        >>> import torch
         >>> weight = nn.Parameter(torch.ones(1))
         >>> plain_sgd(SGD([weight], lr=0.1)), plain_sgd(SGD([weight], lr=0.1, momentum=0.9))
         (True, False)
@@ -127,6 +127,7 @@ class FusedLinears:
         return [kept[name][1] for name in self.parts]
 
 
+@torch.no_grad()  # what went into a layer still has its graph, which the weight must not carry on
 def step_weight(weight: Tensor, inputs: Tensor, grad: Tensor, rate: Rate, decay: float) -> None:
     """Make plain SGD's step in place.
 
@@ -141,7 +142,6 @@ def step_weight(weight: Tensor, inputs: Tensor, grad: Tensor, rate: Rate, decay:
         ``(clients, out, in)``, ``(clients, *rows, in)`` and ``(clients, *rows, out)``.
 
     Example:
-        >>> import torch
         >>> weight = torch.ones(1, 1, 2)
         >>> step_weight(weight, torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0]]]), 0.5, decay=1.0)
         >>> weight.tolist()

@@ -22,8 +22,8 @@ _SMALL, _MEDIUM = 20_000, 300_000
 """Parameters of a module. Offline, on one CPU thread, against the lean loop with one client at a time: a logistic
 regression with 610 parameters gains most with all clients of a lane at once, an MLP with 199,210 half as much again
 with 16 at a time and nothing with 4, a CNN with 1,663,370 loses (its convolutions become grouped ones)."""
-_MEMORY = 256 * 2**20
-"""Bytes of examples in a group."""
+_MEMORY = 64 * 2**20
+"""Bytes of examples in a group, and of what their steps keep for the backward pass."""
 
 
 def cannot_group(
@@ -33,6 +33,10 @@ def cannot_group(
     for name, part in module.named_modules():
         if isinstance(part, _NormBase) and part.track_running_stats:
             return f"LeanLoop cannot group {type(part).__name__} {name!r}: its running statistics update in place"
+        if isinstance(part, nn.Embedding) and not (part.padding_idx is None and part.max_norm is None):
+            return f"vmap does not know padding_idx and max_norm of Embedding {name!r}"
+    if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in module.parameters()):
+        return "a hook on a parameter sees one client's gradient"
     if facts.hooks & _HOOKS:
         return f"{type(module).__name__} overrides {', '.join(sorted(facts.hooks & _HOOKS))}, which sees one client"
     if not facts.plain_precision:
@@ -100,8 +104,8 @@ def chunks(kinds: Sequence[object], num_bytes: Sequence[int], limit: int = _MEMO
 
     Args:
         kinds: what clients of one group have in common.
-        num_bytes: of the examples that a client brings, which a group holds a second time.
-        limit: how many bytes of examples a group may hold; a client above it is alone.
+        num_bytes: of the examples that a client brings, which a group holds a second time, and of what a step keeps.
+        limit: how many bytes a group may hold; a client above it is alone.
 
     Example:
         >>> chunks(["a", "b", "a", "a"], [1, 1, 1, 1], limit=2)

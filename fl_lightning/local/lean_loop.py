@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from typing import Any
@@ -15,19 +15,15 @@ from fl_lightning.algorithms.base import Algorithm
 from fl_lightning.errors import EmptyClientError
 from fl_lightning.local.job import ClientData, Job, Outcome
 from fl_lightning.local.lean_client import Facts, Fit
-from fl_lightning.local.lean_data import TensorBatches, batches_of
-from fl_lightning.local.lean_group import Group
-from fl_lightning.local.lean_group_data import Member
-from fl_lightning.local.lean_group_linear import CannotFuse
-from fl_lightning.local.lean_grouping import cannot_group, chunks, group_size
+from fl_lightning.local.lean_data import batches_of
+from fl_lightning.local.lean_grouping import cannot_group, group_size
 from fl_lightning.local.lean_plain import not_plain, strange_callback
-from fl_lightning.local.lean_stack import CannotGroup
+from fl_lightning.local.lean_together import Together
 from fl_lightning.local.lean_trainer import NeedsResults, NotPlain, NotThisClient, Progress
 from fl_lightning.local.lightning_loop import ClientRun, LightningLoop
 from fl_lightning.local.quiet import as_rank_zero
 from fl_lightning.local.recorder import ClientLogger, Record
 from fl_lightning.local.settings import LocalSettings
-from fl_lightning.local.worker import load_tensors
 from fl_lightning.metrics import alone
 from fl_lightning.seeding import forked_rng
 from fl_lightning.types import ClientTask, ClientUpdate, Memory, Phase, Tree
@@ -56,118 +52,28 @@ class LeanLoop(LightningLoop):
         self.any_log = False
         """Whether the module logs what plain lists cannot hold; known after its first client."""
 
-        self.group_size = group_size(module, settings)
-        self.group_reason = self.reason or cannot_group(
-            module, self.facts, settings, callbacks, self.trainer._accumulate
+        self.together = Together(
+            self,
+            group_size(module, settings),
+            self.reason or cannot_group(module, self.facts, settings, callbacks, self.trainer._accumulate),
         )
-        self.group_trouble: str | None = None
-        """Why the last group that failed did; unlike ``group_reason`` it does not keep the next group from trying."""
-        self._uses_index = self._checked = False
-        self._fuses = True
+        self._lasting = self.reason
+        self._said = False
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
-        """Run clients one after the other or in groups, in this loop as long as it is exact."""
+        """Run the clients of a lane one after the other or in groups, in this loop as long as it is exact."""
+        self.reason = self._lasting  # what clients of another lane made of it has no say here
+        self.together.begin()
         queue = iter(jobs)
-        while chunk := list(islice(queue, self.group_size if self.groups else 1)):
-            outcomes = self._run_groups(chunk) if len(chunk) > 1 else {}
+        while chunk := list(islice(queue, self.together.size if self.groups else 1)):
+            outcomes = self.together.run(chunk) if len(chunk) > 1 else {}
             for position, job in enumerate(chunk):
                 yield outcomes.pop(position) if position in outcomes else self.run_one(job)
 
     @property
     def groups(self) -> bool:
         """Whether clients train in groups."""
-        return self.group_size > 1 and self.group_reason is None and self.reason is None
-
-    # ---- groups -------------------------------------------------------------------------------------------------
-
-    def _run_groups(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
-        """Return the outcomes of the jobs that could train together, by position."""
-        done: dict[int, Outcome] = {}
-        with forked_rng(jobs[0].task.seed), as_rank_zero(), alone(), torch.enable_grad():
-            opened = [self._member(job) for job in jobs]
-            members = {position: member for position, member in enumerate(opened) if member is not None}
-            positions = list(members)
-            found = list(members.values())
-            for chunk in chunks([member.key() for member in found], [member.num_bytes() for member in found]):
-                together = [positions[i] for i in chunk]
-                if len(together) > 1:
-                    outcomes = self._train_group([members[position] for position in together])
-                    done.update(zip(together, outcomes, strict=False))
-        return done
-
-    def _member(self, job: Job) -> Member | None:
-        """Open a client for a group, or return ``None`` when it has to train by itself."""
-        phases = self.algorithm.phases(job.task)
-        if phases != [Phase(name=phases[0].name)]:
-            return None
-        try:
-            data = job.data()
-            batches = None if data.validates else batches_of(data.train, self.trainer.limit_train_batches)
-            if not isinstance(batches, TensorBatches) or not batches.sizes():
-                return None
-            callbacks = _LeanRun(self, job.task, data, job.memory(), None).callbacks(phases[0])
-        except (Exception, NotThisClient):
-            return None  # its fault shows when it trains by itself
-        num_examples = sum(batches.sizes()) if data.num_examples is None else data.num_examples
-        return Member(job, batches, callbacks, num_examples)
-
-    def _train_group(self, members: Sequence[Member]) -> list[Outcome]:
-        """Train some clients at once, or one by one when that is not the same."""
-        try:
-            try:
-                return self._together(members, self._uses_index)
-            except (Exception, NotPlain):
-                if self._uses_index or not self.facts.takes_index:
-                    raise
-                outcomes = self._together(members, uses_index=True)  # the index of the batch was in the way
-                self._uses_index = True
-                return outcomes
-        except (CannotGroup, NotPlain, NeedsResults) as error:
-            return self._one_by_one(members, str(error) or "it logs in its hooks", for_good=True)
-        except Exception as error:
-            # perhaps it depends on the data: the next group tries again, in every process and after every resume alike
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            return self._one_by_one(members, f"{type(error).__name__}: {first_line}", for_good=False)
-
-    def _one_by_one(self, members: Sequence[Member], reason: str, for_good: bool) -> list[Outcome]:
-        outcomes = [self.run_one(member.job) for member in members]
-        if any(outcome.error for outcome in outcomes):
-            return outcomes  # it was a client's fault
-        if for_good:
-            self.group_reason = reason
-        if self.group_trouble is None and self.reason is None:
-            rank_zero_info(f"Clients train one by one in LeanLoop: {reason}.")
-        self.group_trouble = reason
-        return outcomes
-
-    def _together(self, members: Sequence[Member], uses_index: bool) -> list[Outcome]:
-        if self._fuses:
-            try:
-                return self._train_together(members, uses_index)
-            except (CannotFuse, RuntimeError):
-                # a weight was needed after its step, or something else is wrong, which shows again with whole gradients
-                self._fuses = False
-                try:
-                    return self._train_together(members, uses_index)
-                except BaseException:
-                    self._fuses = True
-                    raise
-        return self._train_together(members, uses_index)
-
-    def _train_together(self, members: Sequence[Member], uses_index: bool) -> list[Outcome]:
-        task = members[0].job.task
-        self.worker.restore()
-        load_tensors(self.worker.module, [self.settings.static, task.broadcast["model"]])
-        group = Group(self.facts, members, uses_index, self.trainer._log_every, self._fuses)
-        if not self._checked:
-            with forked_rng(task.seed):  # who trains first must not draw other numbers than who trains later
-                group.check()
-            self._checked = True
-        group.train()
-        changed = self.worker.changed()
-        if changed is not None:
-            raise CannotGroup(f"training_step changes {changed!r} of the module, which is one for all of a group")
-        return group.outcomes(self.settings)
+        return self.together.size > 1 and self.together.reason is None and self.reason is None
 
     # ---- one client ---------------------------------------------------------------------------------------------
 
@@ -186,7 +92,9 @@ class LeanLoop(LightningLoop):
         outcome = self.outcome(job)
         if why is not None and self.reason is None and outcome.error is None:
             self.reason = why
-            rank_zero_info(f"LightningLoop takes over the local training from LeanLoop: {why}.")
+            if not self._said:
+                self._said = True
+                rank_zero_info(f"LightningLoop takes over the local training from LeanLoop: {why}.")
         return outcome
 
     def _lean_outcome(self, job: Job) -> Outcome:

@@ -40,7 +40,17 @@ def copied_module(module: pl.LightningModule) -> pl.LightningModule:
         ) from error
     # Lightning keeps metric attributes by object id; the copies of the metrics have other ids
     duplicate._metric_attributes = None
+    _copy_hooks(module, duplicate)
     return duplicate
+
+
+def _copy_hooks(module: nn.Module, duplicate: nn.Module) -> None:
+    """Register the hooks of parameters again, which a copy of a tensor does not have."""
+    for own, other in zip(module.parameters(), duplicate.parameters(), strict=True):
+        for hook in (own._backward_hooks or {}).values():
+            other.register_hook(hook)  # type: ignore[no-untyped-call]
+        for hook in (getattr(own, "_post_accumulate_grad_hooks", None) or {}).values():
+            other.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
 class Worker:

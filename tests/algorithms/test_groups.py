@@ -46,7 +46,7 @@ class Watch(pl.Callback):
 
     def on_train_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         loop = trainer.federated_fit.federation.engine.client_half.loop
-        self.groups, self.reason = loop.groups, loop.group_reason or loop.group_trouble
+        self.groups, self.reason = loop.groups, loop.together.reason or loop.together.trouble
 
 
 def train(name: str, module: Net, group_size: int, **arguments: Any) -> tuple[dict[str, Tensor], Watch]:

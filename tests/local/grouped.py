@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from fl_lightning.algorithms.fedavg import FedAvg
 from fl_lightning.local.job import Job, Outcome
 from fl_lightning.local.lean_loop import LeanLoop
 from fl_lightning.local.lightning_loop import LightningLoop
+from fl_lightning.local.worker import copied_module
 from fl_lightning.metrics import Mean
 
 __all__ = ["Jobs", "assert_alike", "ragged", "together"]
@@ -34,8 +34,8 @@ def together(
     broadcast = broadcast_of(module, settings)
     broadcast.update(algorithm.broadcast(algorithm.init_state(broadcast["model"])))
     broadcast.update(trees or {})
-    alone = LightningLoop(copy.deepcopy(module), algorithm, settings)
-    loop = LeanLoop(copy.deepcopy(module), algorithm, settings)
+    alone = LightningLoop(copied_module(module), algorithm, settings)
+    loop = LeanLoop(copied_module(module), algorithm, settings)
     return list(alone.run(jobs(broadcast))), list(loop.run(jobs(broadcast))), loop
 
 
@@ -53,6 +53,8 @@ def assert_alike(alone: list[Outcome], group: list[Outcome], tolerance: float = 
         assert a.delta.keys() == b.delta.keys()
         for name, delta in a.delta.items():
             assert delta.norm() > 1e-4, "the oracle did not move"
+            assert not delta.requires_grad
+            assert not b.delta[name].requires_grad, "a group carries the graph of its steps along"
             assert (delta - b.delta[name]).norm() <= tolerance * delta.norm() + 1e-7, name
         assert a.metrics.keys() == b.metrics.keys()
         for name, part in a.metrics.items():

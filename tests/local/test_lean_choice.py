@@ -128,7 +128,8 @@ def test_a_pytorch_lightning_module_is_plain_in_a_federation(caplog: pytest.LogC
         trainer.fit(module, {"a": loader(), "b": loader()})
         losses.append(trainer.round_history[0].metrics)
     said = [record.message for record in caplog.records if record.message.startswith("Clients train")]
-    assert said == ["Clients train in LeanLoop: Other is plain."] * 2
+    groups = "Groups of at most 256 of a lane train at once, if they can."
+    assert said == [f"Clients train in LeanLoop: Other is plain. {groups}"] * 2
     assert losses[0] == losses[1]
 
 

@@ -83,7 +83,7 @@ def test_it_is_what_clients_get_alone(kind: str, steps: list[Any]) -> None:
     module = FUSED[kind]()
     alone, group, loop = together(module, ragged(epochs=2))
     assert_alike(alone, group, ROUNDING)
-    assert loop.group_reason is None
+    assert loop.together.reason is None
     layers = [part.weight for part in module.modules() if isinstance(part, nn.Linear)]
     assert {weight.shape for weight in layers if weight.requires_grad} == set(steps)
 
@@ -157,15 +157,15 @@ def test_where_it_would_be_wrong_gradients_are_whole(make: Any, steps: list[Any]
     torch.manual_seed(0)
     alone, group, loop = together(make(), ragged(epochs=2))
     assert_alike(alone, group)
-    assert loop.group_reason is None, "they still train together"
-    assert loop._fuses is False
+    assert loop.together.reason is None, "they still train together"
+    assert loop.together.fuses is False
 
 
 def test_a_weight_of_two_layers_has_a_whole_gradient_and_the_others_none(steps: list[Any]) -> None:
     torch.manual_seed(0)
     alone, group, loop = together(tied(), ragged(epochs=2))
     assert_alike(alone, group, ROUNDING)
-    assert loop._fuses
+    assert loop.together.fuses
     assert set(steps) == {(16, FEATURES), (CLASSES, 16)}
 
 

@@ -39,7 +39,7 @@ from fl_lightning.algorithms.fednova import FedNova
 from fl_lightning.algorithms.fedprox import FedProx
 from fl_lightning.algorithms.scaffold import Scaffold
 from fl_lightning.callbacks import GradientClip, GradientNoise
-from fl_lightning.local import lean_loop
+from fl_lightning.local import lean_together
 from fl_lightning.local.choice import choose_loop
 from fl_lightning.local.job import Job
 from fl_lightning.local.lean_loop import LeanLoop
@@ -101,14 +101,14 @@ class Simple(Plain):
 def test_a_group_is_what_its_clients_are_alone(kind: str, work: dict[str, Any]) -> None:
     torch.manual_seed(0)
     alone, group, loop = together(GROUPED[kind](), ragged(**work))
-    assert loop.group_reason is None, loop.group_reason
+    assert loop.together.reason is None, loop.together.reason
     assert_alike(alone, group, 1e-5 if "adam" not in kind and kind not in ("quiet", "group norm") else 1e-4)
 
 
 @pytest.mark.parametrize("size", [2, 4, 100])
 def test_sizes_of_groups(size: int) -> None:
     alone, group, loop = together(Simple(mlp()), ragged(), size=size, trainer_arguments={"log_every_n_steps": 3})
-    assert loop.group_reason is None
+    assert loop.together.reason is None
     assert_alike(alone, group)
 
 
@@ -124,7 +124,7 @@ def test_sizes_of_groups(size: int) -> None:
 )
 def test_trainer_arguments(arguments: dict[str, Any]) -> None:
     alone, group, loop = together(Simple(mlp(), undamped), ragged(), trainer_arguments=arguments)
-    assert loop.group_reason is None
+    assert loop.together.reason is None
     assert_alike(alone, group)
 
 
@@ -135,7 +135,7 @@ def test_learning_rates_of_clients(kind: str) -> None:
         return [job(b, lambda k=k: loader(23 - k, 30 * k), f"c{k}", **work) for k, work in enumerate(rates)]
 
     alone, group, loop = together(GROUPED[kind](), jobs)
-    assert loop.group_reason is None
+    assert loop.together.reason is None
     assert_alike(alone, group, 1e-4 if kind == "adamw" else 1e-5)
 
 
@@ -145,7 +145,7 @@ def test_data_sets_of_their_own_and_other_batch_sizes() -> None:
         return [job(b, lambda k=k: own[k], k) for k in range(6)]
 
     alone, group, loop = together(Simple(mlp()), jobs)
-    assert loop.group_reason is None
+    assert loop.together.reason is None
     assert_alike(alone, group)
 
 
@@ -156,15 +156,16 @@ def test_groups_really_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Simple(mlp())
     settings = settings_for(module, FedAvg(), group_size=9)
     outcomes = list(LeanLoop(module, FedAvg(), settings).run(ragged(epochs=1)(broadcast_of(module, settings))))
-    # five full batches, last batches of 3, 2 and 1 examples, and one look for parameters without a gradient
-    assert len(calls) == 5 + 3 + 1
+    # five full batches, last batches of 3, 2 and 1 examples, and two looks: at what a step keeps, and for parameters
+    # without a gradient
+    assert len(calls) == 5 + 3 + 2
     assert sum(outcome.update.num_steps for outcome in outcomes if outcome.update) == 31
 
 
 @pytest.mark.parametrize("algorithm", [FedProx(0.5), FedNova(), Scaffold(option="II")], ids=lambda a: type(a).__name__)
 def test_algorithms(algorithm: Any) -> None:
     alone, group, loop = together(Simple(mlp(), by_step), ragged(), algorithm)
-    assert loop.group_reason is None, loop.group_reason
+    assert loop.together.reason is None, loop.together.reason
     assert_alike(alone, group)
     for left, right in zip(alone, group, strict=True):
         assert left.update is not None
@@ -196,10 +197,10 @@ def test_control_variates_are_each_clients_own() -> None:
 
 def test_clipping_callback_and_noise_in_distribution() -> None:
     alone, group, loop = together(Simple(mlp()), ragged(), callbacks=[GradientClip(0.05)])
-    assert loop.group_reason is None
+    assert loop.together.reason is None
     assert_alike(alone, group)
     _, noisy, loop = together(Simple(linear()), ragged(), callbacks=[GradientNoise(0.5)])
-    assert loop.group_reason is None
+    assert loop.together.reason is None
     deltas = [outcome.update.delta["net.weight"] for outcome in noisy if outcome.update]
     assert not any(torch.equal(a, b) for k, a in enumerate(deltas) for b in deltas[:k]), "clients share their noise"
 
@@ -212,7 +213,7 @@ def test_dropout_masks_differ_between_clients_and_have_the_right_law() -> None:
 
     same = lambda b: [job(b, lambda: loader(20, 0, shuffle=False), k, epochs=1) for k in range(8)]  # noqa: E731
     _, group, loop = together(Masks(nn.Sequential(nn.Dropout(0.3), nn.Linear(12, 4))), same)
-    assert loop.group_reason is None, loop.group_reason
+    assert loop.together.reason is None, loop.together.reason
     updates = [outcome.update for outcome in group if outcome.update]
     kept = [update.metrics["kept"].total / update.metrics["kept"].weight for update in updates]
     assert len(set(kept)) == 8
@@ -276,7 +277,7 @@ def test_what_cannot_be_grouped_runs_alone_with_the_same_bits(make: Any, reason:
     torch.manual_seed(0)
     jobs = lambda b: [job(b, lambda k=k: loader(12 + 5 * k, 50 * k), k) for k in range(3)]  # noqa: E731
     alone, group, loop = together(make(), jobs)
-    why = loop.group_reason or loop.group_trouble
+    why = loop.together.reason or loop.together.trouble
     assert why is not None
     assert re.search(reason, why), why
     for left, right in zip(alone, group, strict=True):
@@ -295,7 +296,7 @@ def test_a_client_at_fault_fails_alone() -> None:
 
     alone, group, loop = together(Simple(mlp()), jobs)
     assert [type(o.error) for o in group] == [type(o.error) for o in alone] == [type(None), IndexError, type(None)]
-    assert loop.group_reason is None, "one client's fault is no reason against groups"
+    assert loop.together.reason is None, "one client's fault is no reason against groups"
     assert_alike([alone[0], alone[2]], [group[0], group[2]])
 
 
@@ -310,21 +311,21 @@ def test_the_rule() -> None:
     for module, size in sizes.values():
         loop = choose_loop(module, FedAvg(), settings_for(module, FedAvg()))
         assert isinstance(loop, LeanLoop)
-        assert loop.group_size == size
+        assert loop.together.size == size
 
 
 def test_the_examples_of_a_group_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    init = lean_loop.Group.__init__
+    init = lean_together.Group.__init__
 
     def spy(self: Any, facts: Any, members: Any, *arguments: Any) -> None:
         sizes.append(len(members))
         init(self, facts, members, *arguments)
 
     example = sum(t[:1].numel() * t.element_size() for t in WHOLE.tensors)
-    monkeypatch.setattr(lean_loop.Group, "__init__", spy)
-    monkeypatch.setattr(lean_loop, "chunks", partial(lean_loop.chunks, limit=40 * example))
+    monkeypatch.setattr(lean_together.Group, "__init__", spy)
+    monkeypatch.setattr(lean_together, "chunks", partial(lean_together.chunks, limit=40 * example))
     alone, group, loop = together(Simple(mlp()), ragged())  # 23, 10 | 27, 3 | 15, 12 | 21, 5 | 23 examples
     assert_alike(alone, group)
     assert sizes == [2, 2, 2, 2]
-    assert loop.group_reason is None
+    assert loop.together.reason is None
