@@ -196,6 +196,7 @@ class Fit:
             self._batch(batch, index)
             if progress.steps is not None and progress.global_step >= progress.steps:
                 break
+        batches.end(iterator)
         self._end_epoch()
 
     def _end_epoch(self) -> None:

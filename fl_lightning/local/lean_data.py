@@ -43,6 +43,9 @@ class Batches(Protocol):
     def begin(self, epoch: int) -> Iterator[Any]:
         """Start an epoch, drawing what ``iter(loader)`` draws."""
 
+    def end(self, iterator: Iterator[Any]) -> None:
+        """An epoch is over, whether its iterator knows it or not."""
+
 
 def batches_of(loader: Any, limit: int | float) -> Batches:
     """Return the batches of a client's loader.
@@ -88,6 +91,12 @@ class LoaderBatches:
         _set_sampler_epoch(self.loader, 0)
         return iterator
 
+    def end(self, iterator: Iterator[Any]) -> None:
+        # the last batch is taken and nothing asks for one more, so that workers would live until garbage is collected
+        shut_down = getattr(iterator, "_shutdown_workers", None)
+        if shut_down is not None and not self.loader.persistent_workers:
+            shut_down()
+
 
 class TensorBatches:
     """Batches indexed from the tensors of a ``TensorDataset``.
@@ -114,6 +123,9 @@ class TensorBatches:
     def begin(self, epoch: int) -> Iterator[list[Tensor]]:
         self.skip_seed()
         return self._batches(self.positions() if self._eager else None)
+
+    def end(self, iterator: Iterator[list[Tensor]]) -> None:
+        """Nothing is open."""
 
     @staticmethod
     def skip_seed() -> None:

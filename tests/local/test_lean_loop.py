@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import random
 from typing import Any
 
@@ -346,3 +347,31 @@ def test_global_generators_are_put_back() -> None:
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
     assert (before[2] == np.random.get_state()[1]).all()
+
+
+class Examples(Dataset[Any]):
+    """Not a ``TensorDataset``, so that workers have something to do."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Any:
+        return WHOLE[index]
+
+
+def test_workers_end_with_their_client() -> None:
+    left: list[int] = []
+
+    class Watches(Plain):
+        def on_train_end(self) -> None:
+            left.append(len(multiprocessing.active_children()))
+
+    module = Watches(mlp())
+    settings = settings_for(module, FedAvg(), group_size=1)
+    open_loader = lambda: DataLoader(Examples(), 4, num_workers=2)  # noqa: E731
+    broadcast = broadcast_of(module, settings)
+    loop = LeanLoop(module, FedAvg(), settings)
+    outcomes = list(loop.run([job(broadcast, open_loader, k, epochs=2) for k in range(3)]))
+    assert [outcome.error for outcome in outcomes] == [None] * 3
+    assert loop.reason is None
+    assert left == [0, 0, 0]
