@@ -19,6 +19,7 @@ from benchmarks.contenders import Contender
 from benchmarks.leanest import leanest
 from benchmarks.ours import LOOPS, ours
 from benchmarks.peers.launch import peers
+from benchmarks.scale import __main__ as scale
 from benchmarks.table import BASELINE, compare, print_table
 from benchmarks.workloads import WORKLOADS
 
@@ -37,6 +38,12 @@ def main() -> None:
         if not any(parameter.ndim == 4 for parameter in WORKLOADS[name].model().parameters()):
             own.pop("fl_lightning channels_last", None)  # a layout of convolutions
         print_table(WORKLOADS[name], compare(WORKLOADS[name], own, arguments.turns, arguments.rounds))
+    if arguments.beside:
+        print("\nBeside the rounds, each in a process of its own:\n", flush=True)
+        scale.main(list(_BESIDE))
+
+
+_BESIDE = ("workers", "population", "resume", "rounds", "evaluation")
 
 
 def _parsed() -> argparse.Namespace:
@@ -49,6 +56,11 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds of a run; one more warms up")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--peers", type=Path, help="folder with one virtual environment a peer")
+    parser.add_argument(
+        "--no-beside", dest="beside", action="store_false",
+        help="leave out loaders with workers, the time to the first round and to a resume, the size of checkpoints "
+        "against rounds, and the evaluation of 1000 clients",
+    )  # fmt: skip
     return parser.parse_args()
 
 

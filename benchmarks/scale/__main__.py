@@ -9,23 +9,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 
 from benchmarks.scale.programs import PROGRAMS, turns_of
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("programs", nargs="*", default=[name for name in PROGRAMS if name != "large"])
     parser.add_argument("--sizes", type=int, nargs="+", help="instead of the program's own")
     parser.add_argument("--turns", type=int, default=1, help="alternating runs of each size")
-    arguments = parser.parse_args()
-    for name in arguments.programs:
+    parsed = parser.parse_args(arguments)
+    for name in parsed.programs:
         if name not in PROGRAMS:
             parser.error(f"no program {name!r}: choose from {', '.join(PROGRAMS)}")
-        sizes = tuple(arguments.sizes or PROGRAMS[name][1])
-        found = turns_of(name, sizes, arguments.turns)
+        sizes = tuple(parsed.sizes or PROGRAMS[name][1])
+        found = turns_of(name, sizes, parsed.turns)
         for values in found.values():
             sys.stdout.write(f"{name}: {json.dumps({key: round(value, 4) for key, value in values.items()})}\n")
         if len(sizes) > 1:
