@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fl_lightning.algorithms.base import PERSONAL, Algorithm, OptimizerCallable, SchedulerCallable, Weights
 from fl_lightning.callbacks import GradientCorrection
-from fl_lightning.callbacks.checks import epochs_or_none
+from fl_lightning.callbacks.checks import epochs_or_none, flag
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, Phase, Tree
 
 __all__ = ["APFL"]
@@ -71,7 +71,7 @@ class APFL(Algorithm):
                 f"APFL expected alpha in (0, 1], got {alpha!r}. 1 trains every client by itself; without a share of "
                 "its own (alpha=0) a client's model is the global one, which is FedAvg()."
             )
-        self.alpha, self.adaptive = float(alpha), adaptive
+        self.alpha, self.adaptive = float(alpha), flag("APFL", "adaptive", adaptive)
         self.personal_epochs = epochs_or_none(
             "APFL", "personal_epochs", personal_epochs, "as many as the global model gets"
         )

@@ -48,6 +48,9 @@ class Algorithm:
         server_optimizer: parameters to the server's torch optimizer; ``None`` is ``SGD(lr=1)``.
         server_lr_scheduler: optimizer to a learning-rate scheduler, stepped once a round; ``None`` for none.
         weights: weight of a client: its number of examples, ``"uniform"``, or a callable on its ``ClientUpdate``.
+
+    Raises:
+        MisconfigurationException: for other weights, or a server optimizer or scheduler that is no callable.
     """
 
     linear: bool = True
@@ -71,6 +74,8 @@ class Algorithm:
             raise MisconfigurationException(
                 f"Expected weights='examples', 'uniform' or a callable on a ClientUpdate, got {weights!r}."
             )
+        _check_maker("server_optimizer", server_optimizer, "lambda params: torch.optim.Adam(params, lr=0.01)")
+        _check_maker("server_lr_scheduler", server_lr_scheduler, "lambda optimizer: StepLR(optimizer, step_size=10)")
         self.server_optimizer: OptimizerCallable = server_optimizer or assignment
         self.server_lr_scheduler = server_lr_scheduler
         self.weights = weights
@@ -175,4 +180,13 @@ class Algorithm:
         """
         raise NotImplementedError(
             f"{type(self).__name__} is not linear and must define combine(cohort, state, num_clients)."
+        )
+
+
+def _check_maker(name: str, value: object, example: str) -> None:
+    """Raise for an optimizer (or its name) where a function that makes one is expected."""
+    if value is not None and (isinstance(value, Optimizer | LRScheduler) or not callable(value)):
+        raise MisconfigurationException(
+            f"Expected {name} to be a function that makes one, because the server's parameters exist only in the fit, "
+            f"got {value!r}. Write {name}={example}."
         )

@@ -35,7 +35,8 @@ class FedNova(Algorithm):
         weights: ``"examples"``, ``"uniform"``, or a callable ``ClientUpdate -> float``.
 
     Raises:
-        MisconfigurationException: for ``mu < 0``, a client that took no step, or an optimizer other than SGD.
+        MisconfigurationException: for ``mu < 0``, a ``ProximalTerm`` among the client callbacks (``mu`` is its place),
+            a client that took no step, or an optimizer other than SGD.
 
     Example:
         >>> import torch

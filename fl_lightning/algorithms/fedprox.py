@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from fl_lightning.algorithms.base import Algorithm, OptimizerCallable, SchedulerCallable, State, Weights
 from fl_lightning.callbacks import ProximalTerm
-from fl_lightning.callbacks.checks import non_negative
+from fl_lightning.callbacks.checks import flag, non_negative
 from fl_lightning.callbacks.start_pass import StartPass
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, Tree
 
@@ -40,7 +40,7 @@ class FedProx(Algorithm):
         weights: ``"examples"``, ``"uniform"``, or a callable ``ClientUpdate -> float``.
 
     Raises:
-        MisconfigurationException: for ``mu < 0``.
+        MisconfigurationException: for ``mu < 0``, or an ``adaptive`` that is no bool.
 
     Example:
         >>> [type(callback).__name__ for callback in FedProx(mu=0.1).client_callbacks()]
@@ -61,7 +61,7 @@ class FedProx(Algorithm):
     ) -> None:
         super().__init__(server_optimizer, server_lr_scheduler, weights)
         self.mu = non_negative("FedProx", "mu", mu, "mu=0 is FedAvg")
-        self.adaptive = adaptive
+        self.adaptive = flag("FedProx", "adaptive", adaptive)
 
     def client_callbacks(self) -> list[Callback]:
         return [_BroadcastProximalTerm(), StartPass()] if self.adaptive else [ProximalTerm(self.mu)]

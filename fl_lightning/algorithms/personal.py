@@ -65,8 +65,9 @@ class FedPer(Algorithm):
         for pattern in self.personal:
             matching = {name for name in names if fnmatchcase(name, pattern)}
             if not matching:
+                owner = getattr(module, "_user_class", type(module)).__name__  # on the server the class is another
                 raise MisconfigurationException(
-                    f"{type(self).__name__}'s pattern {pattern!r} matches no parameter of {type(module).__name__}. Its "
+                    f"{type(self).__name__}'s pattern {pattern!r} matches no parameter of {owner}. Its "
                     f"parameters are {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}; 'head.*' takes "
                     "everything below head."
                 )

@@ -49,11 +49,13 @@ class GradientCorrection(ClientCallback):
     def __init__(self) -> None:
         super().__init__()
         self.task: ClientTask | None = None
+        self._plain = True  # no loop has called `begin`
         self.num_corrections = 0
         self.own: dict[str, Tree] = {}
 
     def begin(self, task: ClientTask, memory: Memory) -> None:
         self.task = task
+        self._plain = False
 
     def correct(self, grads: Tree, params: Tree, task: ClientTask) -> dict[str, Tensor]:
         """Return the corrected gradients.
@@ -80,10 +82,11 @@ class GradientCorrection(ClientCallback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.task is None:
-            # a plain Trainer: what it starts from stands for the global model
+        if self._plain or self.task is None:
+            # a plain Trainer: what each of its fits starts from stands for the global model
             start = {n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
             self.begin(ClientTask("plain", 0, 0, {"model": start}, seed=0), {})
+            self._plain = True
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

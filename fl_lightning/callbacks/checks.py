@@ -6,7 +6,7 @@ import math
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-__all__ = ["epochs_or_none", "in_unit_interval", "non_negative", "positive"]
+__all__ = ["epochs_or_none", "flag", "in_unit_interval", "non_negative", "positive"]
 
 
 def non_negative(owner: str, name: str, value: float, hint: str = "") -> float:
@@ -62,6 +62,21 @@ def epochs_or_none(owner: str, name: str, value: int | None, like: str, hint: st
         raise MisconfigurationException(
             f"{owner} expected {name} to be an integer >= 1, or None for {like}, got {value!r}.{hint}"
         )
+    return value
+
+
+def flag(owner: str, name: str, value: bool) -> bool:
+    """Return the value.
+
+    Raises:
+        MisconfigurationException: unless it is ``True`` or ``False``: a text such as ``"no"`` would count as true.
+
+    Example:
+        >>> flag("FedProx", "adaptive", False)
+        False
+    """
+    if not isinstance(value, bool):
+        raise MisconfigurationException(f"{owner} expected {name} to be True or False, got {value!r}.")
     return value
 
 

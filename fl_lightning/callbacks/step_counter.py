@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fl_lightning.callbacks.base import ClientCallback
 from fl_lightning.callbacks.checks import non_negative
+from fl_lightning.callbacks.proximal import ProximalTerm
 
 __all__ = ["StepCounter", "UnitGradient"]
 
@@ -73,13 +75,17 @@ class StepCounter(ClientCallback):
 
     A step that a gradient scaler skipped, and one that gradient accumulation put off, do not count. The normaliser is
     followed step by step (:class:`UnitGradient`), so momentum and any learning-rate schedule are right without being
-    told; only the strength of a proximal term cannot be seen from the optimizer.
+    told; only the strength of a proximal term cannot be seen from the optimizer. With ``maximize=True`` an update is
+    no descent along the gradients, and the normaliser is not defined.
 
     After a fit ``num_steps`` holds the steps, ``a_norm`` the normaliser (``None`` where it is not defined, with
     ``reason`` saying why), ``lr`` the first learning rate and ``distance`` their product.
 
     Args:
         mu: strength of the proximal term that runs beside the counter, >= 0.
+
+    Raises:
+        MisconfigurationException: for ``mu < 0``, or a :class:`ProximalTerm` of another strength beside it.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -141,6 +147,9 @@ class StepCounter(ClientCallback):
         if not isinstance(optimizer, SGD):
             self.reason = f"the optimizer is {type(optimizer).__name__}, whose step is no sum of gradients"
             return
+        if any(group["maximize"] for group in optimizer.param_groups):
+            self.reason = "the optimizer climbs (maximize=True), and the update is no descent along the gradients"
+            return
         keys = ("lr", "momentum", "dampening", "nesterov")
         settings = {tuple(float(group[key]) for key in keys) for group in optimizer.param_groups}
         if len(settings) > 1:
@@ -148,6 +157,21 @@ class StepCounter(ClientCallback):
             return
         lr, momentum, dampening, nesterov = settings.pop()
         self._walk.step(lr, momentum, dampening, bool(nesterov))
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a proximal term that the normaliser does not know of.
+
+        Raises:
+            MisconfigurationException: when one of another strength runs beside the counter.
+        """
+        for term in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(term, ProximalTerm) and term.mu != self.mu:
+                raise MisconfigurationException(
+                    f"StepCounter counts for mu={self.mu}, and a ProximalTerm with mu={term.mu} runs beside it: the "
+                    f"normaliser would be wrong. Write FedNova(mu={term.mu}) and leave the ProximalTerm out of "
+                    f"client_callbacks, or StepCounter(mu={term.mu}) where the counter is yours. Scaffold is not "
+                    "defined with a proximal term."
+                )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.watch([getattr(optimizer, "_optimizer", optimizer) for optimizer in trainer.optimizers])

@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from quadratics import quiet_trainer
 from torch.utils.data import DataLoader
 
-from fl_lightning.algorithms import Algorithm, FedAvg, FedDyn, FedNova, FedProx, MimeLite, Scaffold
+from fl_lightning.algorithms import APFL, Algorithm, FedAvg, FedAvgM, FedDyn, FedNova, FedProx, MimeLite, Scaffold
+from fl_lightning.callbacks import ProximalTerm
 from fl_lightning.types import ClientTask, ClientUpdate
 
 
@@ -26,6 +27,14 @@ class TwoRates(Net):
     def configure_optimizers(self) -> Any:
         groups = [{"params": self.body.parameters(), "lr": 0.1}, {"params": self.head.parameters(), "lr": 0.2}]
         return torch.optim.SGD(groups)
+
+
+class Climbs(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, maximize=True)
+
+
+ADAM = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
 
 
 def run(algorithm: Algorithm, module: Any, rounds: int = 1, data: Any = None, **arguments: Any) -> None:
@@ -44,6 +53,14 @@ def run(algorithm: Algorithm, module: Any, rounds: int = 1, data: Any = None, **
         (lambda: MimeLite(momentum=1.0), r"MimeLite expected momentum to be a number in \[0, 1\), got 1.0"),
         (lambda: Scaffold("III"), "Scaffold expected option='I'.*or option='II', got 'III'"),
         (lambda: FedAvg(weights="sizes"), "weights='examples', 'uniform' or a callable.*got 'sizes'"),
+        (lambda: FedProx(adaptive="no"), "FedProx expected adaptive to be True or False, got 'no'"),
+        (lambda: APFL(adaptive=1), "APFL expected adaptive to be True or False, got 1"),
+        (
+            lambda: FedAvg("adam"),
+            r"server_optimizer to be a function.*got 'adam'. Write server_optimizer=lambda",
+        ),
+        (lambda: FedNova(server_optimizer=ADAM), r"server_optimizer to be a function that makes one.*got Adam"),
+        (lambda: FedAvgM(server_lr_scheduler="cosine"), "server_lr_scheduler to be a function.*lambda optimizer"),
     ],
 )
 def test_values_out_of_range_are_refused_at_once(make: Any, message: str) -> None:
@@ -53,7 +70,12 @@ def test_values_out_of_range_are_refused_at_once(make: Any, message: str) -> Non
 
 @pytest.mark.parametrize("option", ["I", "II"])
 @pytest.mark.parametrize(
-    ("module", "reason"), [(WithAdam, "the optimizer is Adam"), (TwoRates, "parameter groups differ")]
+    ("module", "reason"),
+    [
+        (WithAdam, "the optimizer is Adam"),
+        (TwoRates, "parameter groups differ"),
+        (Climbs, r"the optimizer climbs \(maximize=True\)"),
+    ],
 )
 def test_scaffold_says_what_it_is_defined_for(option: Any, module: Any, reason: str) -> None:
     with pytest.raises(MisconfigurationException, match=f"Scaffold is not defined.*{reason}.*one torch.optim.SGD"):
@@ -70,6 +92,13 @@ def test_fednova_says_what_it_is_defined_for() -> None:
     with pytest.raises(MisconfigurationException, match=r"the optimizer is Adam.*FedNova\(normalizer='steps'\)"):
         run(FedNova(), WithAdam())
     run(FedNova(normalizer="steps"), WithAdam())
+
+
+@pytest.mark.parametrize("loop", ["lean", "lightning"])
+def test_fednova_and_scaffold_refuse_a_proximal_term_that_they_do_not_know_of(loop: Any) -> None:
+    for algorithm in (FedNova(), Scaffold()):
+        with pytest.raises(MisconfigurationException, match=r"counts for mu=0.0.*Write FedNova\(mu=2.0\) and leave"):
+            run(algorithm, Net(), client_callbacks=[ProximalTerm(2.0)], local_loop=loop)
 
 
 def test_fednova_refuses_a_client_that_took_no_step() -> None:

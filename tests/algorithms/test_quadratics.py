@@ -192,6 +192,29 @@ def test_feddyn_follows_the_paper_number_by_number() -> None:
     assert values == pytest.approx(expected, abs=1e-12)
 
 
+def two_of_four(algorithm: Any) -> list[float]:
+    """Optima 2, 6, 10 and 14; one step of lr .5 each; the first two take part, then the others, then the first."""
+    clients = {name: client(parabola(1.0, e)) for name, e in zip("abcd", (2.0, 6.0, 10.0, 14.0), strict=True)}
+    sampler = FixedSampler([["a", "b"], ["c", "d"]])
+    return trajectory(algorithm, clients, rounds=3, module=Quadratic(0.0, 0.5), sampler=sampler)
+
+
+@pytest.mark.parametrize("option", ["I", "II"])
+def test_scaffold_moves_the_global_control_variate_by_the_share_of_those_who_took_part(option: Any) -> None:
+    """Round 0: ends 1 and 3, c_a = -2, c_b = -6, c = -8/4. Round 1 at 2: gradients -8 - 2 and -12 - 2, ends 7 and 9,
+    c = -2 - 20/4. Round 2 at 8: gradients 6 + 2 - 7 and 2 + 6 - 7, ends 7.5."""
+    assert two_of_four(Scaffold(option)) == [0.0, 2.0, 8.0, 7.5]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+def test_feddyn_divides_what_came_by_all_clients(alpha: float) -> None:
+    """Round 0: moves 1 and 3, h = -alpha 4/4, so 0 + 2 + 1. Round 1 at 3: moves 3.5 and 5.5, h/alpha = -1 - 9/4, so
+    3 + 4.5 + 3.25. Round 2 at 10.75: gradients 8.75 + alpha and 4.75 + 3 alpha."""
+    moves = (-0.5 * (8.75 + alpha), -0.5 * (4.75 + 3 * alpha))
+    last = 10.75 + sum(moves) / 2 + 3.25 + sum(moves) / 4
+    assert two_of_four(FedDyn(alpha)) == [0.0, 3.0, 10.75, last]
+
+
 @pytest.mark.parametrize("beta", [0.3, 0.9])
 def test_mimelite_follows_the_paper_number_by_number(beta: float) -> None:
     lr, x, momentum = 0.1, 2.0, 0.0

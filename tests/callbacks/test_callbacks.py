@@ -300,10 +300,32 @@ def test_a_counter_starts_anew_and_lets_go_of_the_optimizer() -> None:
     assert counter.num_steps == 6
 
 
+def test_a_counter_refuses_a_proximal_term_of_another_strength() -> None:
+    with pytest.raises(MisconfigurationException, match=r"counts for mu=1.0.*mu=2.0 runs.*StepCounter\(mu=2.0"):
+        plain_fit(Net(), StepCounter(1.0), ProximalTerm(2.0))
+
+
+def test_a_term_pulls_towards_the_start_of_each_fit() -> None:
+    term, first, second = ProximalTerm(0.5), Net(), Net()
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter += 1.0
+    expected = copy.deepcopy(second)
+    plain_fit(first, term)
+    plain_fit(second, term)
+    plain_fit(expected, ProximalTerm(0.5))
+    assert same(second, expected)
+    # a task that a loop gave stays, also after a plain fit
+    term.begin(given := ClientTask("a", 0, 0, {"model": {}}, seed=0), {})
+    plain_fit(first, term)
+    assert term.task is given
+
+
 @pytest.mark.parametrize(
     ("optimizer", "reason"),
     [
         (lambda params: torch.optim.Adam(params), "the optimizer is Adam"),
+        (lambda params: torch.optim.SGD(params, lr=0.1, maximize=True), r"climbs (maximize=True)"),
         (
             lambda params: torch.optim.SGD([{"params": [next(params)], "lr": 0.1}, {"params": list(params)}], lr=0.2),
             "parameter groups differ",
@@ -319,7 +341,7 @@ def test_where_the_normaliser_is_not_defined_the_counter_says_why(optimizer: Any
 
 
 def test_manual_optimization_is_corrected_and_counted() -> None:
-    counter, term = StepCounter(), ProximalTerm(0.5)
+    counter, term = StepCounter(0.5), ProximalTerm(0.5)
     module = ManualOptimBoringModel()
     plain_fit(module, counter, term, loader=DataLoader(RandomDataset(32, 8), batch_size=2))
     assert counter.num_steps == term.num_corrections > 0

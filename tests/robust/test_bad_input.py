@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from robust_zoo import Net, clients, root, train
+from robust_zoo import Net, clients, cohort_of, joined, root, train
 
 from fl_lightning.algorithms import FedAvg, Scaffold
 from fl_lightning.algorithms.fltrust import FLTrust
@@ -62,6 +63,25 @@ def test_values_out_of_range(make: Any, message: str) -> None:
 def test_a_cohort_that_is_too_small(rule: Any, message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         train(rule, Net())
+
+
+@pytest.mark.parametrize("count", [49, 93, 98, 161])
+def test_a_fraction_of_one_client_trims_one(count: int) -> None:
+    """``1 / n * n`` is a bit less than one in floating-point numbers for some of them."""
+    rule = TrimmedMean(1 / count)
+    assert rule.fewest_clients == count
+    numbers = np.arange(count * 7.0).reshape(count, 7)
+    numbers[0], numbers[-1] = -1e9, 1e9
+    expected = numbers[1:-1].mean(axis=0)
+    assert np.allclose(joined(rule.aggregate(cohort_of(numbers))), expected, rtol=1e-14)
+    with pytest.raises(MisconfigurationException, match=f"trims nobody of so few.*at least {count}"):
+        rule.check_cohort(count - 1)
+
+
+def test_a_fraction_just_below_one_half_leaves_the_middle() -> None:
+    numbers = np.arange(70.0).reshape(10, 7)
+    kept = joined(TrimmedMean(0.4999999999999999).aggregate(cohort_of(numbers)))
+    assert np.allclose(kept, numbers[4:6].mean(axis=0))
 
 
 def test_an_attack_on_what_it_does_not_know() -> None:

@@ -104,18 +104,28 @@ class TrimmedMean(RobustAlgorithm):
 
     @property
     def fewest_clients(self) -> int:
-        # floor(fraction * n) is at least one from here on; below, the rule would be a mean that looks robust
-        return math.ceil(1 / self.fraction) if self.fraction else super().fewest_clients
+        # from here on at least one is trimmed; below, the rule would be a mean that looks robust
+        if not self.fraction:
+            return super().fewest_clients
+        near = round(1 / self.fraction)
+        return next(count for count in range(max(1, near - 1), near + 3) if self._trimmed(count))
 
     def aggregate(self, cohort: Cohort) -> dict[str, Tensor]:
         count = len(cohort)
-        trimmed = self.f if self.fraction is None else int(self.fraction * count)
+        trimmed = self.f if self.fraction is None else self._trimmed(count)
 
         def rule(rows: Tensor) -> Tensor:
             kept = rows.sort(dim=0).values[trimmed : count - trimmed]
             return kept.double().mean(dim=0).to(rows.dtype)
 
         return cohort.coordinatewise("delta", rule)
+
+    def _trimmed(self, count: int) -> int:
+        """Return the part of a cohort, rounded down; 1/161 of 161 is one, though their product is a bit less."""
+        part = (self.fraction or 0.0) * count
+        nearest = round(part)
+        whole = nearest if math.isclose(part, nearest, rel_tol=1e-12) else math.floor(part)
+        return min(whole, (count - 1) // 2)  # a fraction a bit below one half is still below it
 
     def _needs(self) -> str:
         return super()._needs() if self.fraction is None else f"with fraction={self.fraction} trims nobody of so few"
