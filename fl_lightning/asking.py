@@ -18,7 +18,7 @@ __all__ = ["ask_losses"]
 def ask_losses(federation: Federation, client_ids: Sequence[ClientId], round: int) -> dict[ClientId, float]:
     """Return the loss of the global model on the training data of each client; each process asks those of its lanes.
 
-    Everyone who is asked downloads the model for it, without transforms; those bytes count in ``num_bytes_asked``.
+    Everyone who is asked downloads the model for it, without transforms; those bytes count in ``bytes_asked``.
 
     Args:
         federation: the federation, between two rounds.
@@ -29,7 +29,9 @@ def ask_losses(federation: Federation, client_ids: Sequence[ClientId], round: in
         ClientError: when a client cannot answer.
     """
     broadcast = {"model": federation.model(), "buffers": federation.buffers()}
-    federation.num_bytes_asked += len(pack(broadcast)) * len(client_ids)
+    size = len(pack(broadcast))
+    for client_id in client_ids:
+        federation.bytes_asked[client_id] += size
     seed = federation.settings.seed
     tasks = [
         # the loss is measured before the first step, and what the step makes of the model is thrown away

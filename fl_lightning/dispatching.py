@@ -139,6 +139,8 @@ class Dispatcher:
         self.clock = 0.0
         self.bytes_down = self.bytes_up = 0
         self.client_steps: dict[ClientId, int] = {}
+        self.client_downloads: dict[ClientId, int] = {}
+        """Bytes that each logged client has downloaded since its last report."""
         self.versions: dict[int, Mapping[str, Tree]] = {}
         self._lengths: dict[tuple[ClientId, int | None], int | None] = {}
         """Batches of the loaders that this round has opened: a plan asks several times, and data may change later."""
@@ -309,6 +311,11 @@ class Dispatcher:
         for client_id, steps in num_steps:
             self.client_steps[client_id] = self.client_steps.get(client_id, 0) + steps
 
+    def count_downloads(self, num_bytes: Iterable[tuple[ClientId, int]]) -> None:
+        """Add to what clients have downloaded since their last report."""
+        for client_id, size in num_bytes:
+            self.client_downloads[client_id] = self.client_downloads.get(client_id, 0) + size
+
     def _state(self) -> dict[str, Any]:
         return {
             "num_dispatched": self.num_dispatched,
@@ -327,13 +334,15 @@ class Dispatcher:
         """
         state = dict(self._committed or self._state())
         own = {part: copy.deepcopy(state[part]) for part in ("schedule", "sampler")}
-        return {**state, **own, "client_steps": dict(self.client_steps)}
+        logged = {"client_steps": dict(self.client_steps), "client_downloads": dict(self.client_downloads)}
+        return {**state, **own, **logged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a checkpoint's state, with its tensors on this process's device."""
         self.num_dispatched, self.clock = state["num_dispatched"], state.get("clock", 0.0)
         self.bytes_down, self.bytes_up = state.get("bytes", [self.bytes_down, self.bytes_up])
         self.client_steps = dict(state["client_steps"])
+        self.client_downloads = dict(state.get("client_downloads", {}))
         self.versions = dict(state.get("versions", {}))
         for part in ("schedule", "sampler"):
             self._load(part, getattr(self, part), state.get(part, {}))

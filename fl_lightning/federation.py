@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -88,7 +89,7 @@ class Federation:
         self.state: State = self.wire.start(self.algorithm.init_state(self.model()), sums_blindly)
         dispatcher.bytes_down = dispatcher.bytes_up = num_bytes([self.model(), self.buffers()])
         self.store: ClientStore | None = None
-        self.num_bytes_asked = 0
+        self.bytes_asked: Counter[ClientId] = Counter()
         """Bytes that clients downloaded in this round to answer a question of the sampler."""
         self.interrupted: Callable[[], bool] = lambda: False
         self.on_cohort: Callable[[Sequence[ClientId]], None] = lambda cohort: None
@@ -122,7 +123,7 @@ class Federation:
     def run_round(self, round: int, at_most: int | None = None) -> RoundOutcome:
         """Let the cohort of a round train and turn what comes back into the server's gradient."""
         begin = time.perf_counter()
-        self.num_bytes_asked = 0
+        self.bytes_asked.clear()
         plan = self.dispatcher.plan(round, at_most)
         self.on_cohort([dispatch.client_id for dispatch in plan.dispatches])
         downloads = self._send(round, plan)
@@ -150,7 +151,7 @@ class Federation:
         report.num_examples = sum(result.num_examples for result in delivered)
         report.num_steps = sum(result.num_steps for result in delivered)
         report.num_bytes_up = sum(result.num_bytes_up for result in delivered)
-        report.num_bytes_down = self.wire.num_bytes_down + self.num_bytes_asked
+        report.num_bytes_down = self.wire.num_bytes_down + self.bytes_asked.total()
         return report
 
     def _send(self, round: int, plan: Plan) -> int:
@@ -308,12 +309,19 @@ class Federation:
     def count_steps(
         self, results: Iterable[ClientResult], logged: Callable[[ClientId], bool]
     ) -> dict[ClientId, list[Record]]:
-        """Advance the logged clients' step counts and return their new records."""
+        """Advance the logged clients' step counts and return their new records, with the bytes up and down."""
         curves: dict[ClientId, list[Record]] = {}
+        downloads = [*self.wire.downloads, *self.bytes_asked.items()]
+        self.dispatcher.count_downloads((client_id, size) for client_id, size in downloads if logged(client_id))
         for result in results:
             if result.failure is None and logged(result.client_id):
                 self.dispatcher.count_steps([(result.client_id, result.num_steps)])
-                curves.setdefault(result.client_id, []).extend(result.records)
+                last = max(self.dispatcher.client_steps[result.client_id] - 1, 0)
+                down = self.dispatcher.client_downloads.pop(result.client_id, 0)
+                own = curves.setdefault(result.client_id, [])
+                own.extend(result.records)
+                own.append(("add_scalar", ("num_bytes_up", float(result.num_bytes_up), last), {}))
+                own.append(("add_scalar", ("num_bytes_down", float(down), last), {}))
         return curves
 
     def seed_server(self, round: int) -> None:

@@ -145,15 +145,16 @@ class Codec:
 
     def broadcast(
         self, trees: Mapping[str, Tree], cohort: Sequence[ClientId], round: int, state: State
-    ) -> tuple[dict[str, Tree], int, State]:
-        """Return the trees as a cohort gets them, the bytes that all of it downloads, and the next state."""
+    ) -> tuple[dict[str, Tree], list[int], State]:
+        """Return the trees as a cohort gets them, the bytes that each of it downloads, and the next state."""
         exchange = Exchange(self.seed, round)
         sent = self.transform.broadcast(trees["model"], cohort, exchange, state)
         received = {**trees, "model": sent.model, **sent.trees(exchange)}
         if sent.num_bytes is None:
-            return received, self._size(lambda: received, [], received) * len(cohort), sent.state
+            return received, [self._size(lambda: received, [], received)] * len(cohort), sent.state
         rest = {key: tree for key, tree in received.items() if key != "model"}
-        return received, self._size(lambda: rest, [], rest) * len(cohort) + sum(sent.num_bytes), sent.state
+        beside = self._size(lambda: rest, [], rest)
+        return received, [beside + own for own in sent.num_bytes], sent.state
 
     def finish(self, total: Contribution, round: int, state: State) -> tuple[Contribution, State]:
         """Decode what is linear on the sum of a round, and let the transforms change it; returns their next state."""

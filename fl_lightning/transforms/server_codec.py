@@ -46,6 +46,7 @@ class ServerCodec:
         self.codec = codec
         self.device = device
         self.num_bytes_down = 0
+        self.downloads: list[tuple[ClientId, int]] = []
         self._round = 0
         self._state: State = {}
         self._kind: Any = None
@@ -75,10 +76,15 @@ class ServerCodec:
     def open_round(self, round: int, state: State) -> None:
         """Begin a round, with the server's state in which that of the transforms is."""
         self._round, self._state, self.num_bytes_down = round, state.get(TRANSFORMS, {}), 0
+        self.downloads = []
 
     def send(self, trees: Mapping[str, Tree], cohort: Sequence[ClientId]) -> dict[str, Tree]:
-        """Return the trees as clients get them in this round; ``num_bytes_down`` then is what all of them download."""
-        sent, self.num_bytes_down, self._state = self.codec.broadcast(trees, cohort, self._round, self._state)
+        """Return the trees as clients get them in this round.
+
+        ``downloads`` then has each client with the bytes that it downloads, and ``num_bytes_down`` is their sum.
+        """
+        sent, sizes, self._state = self.codec.broadcast(trees, cohort, self._round, self._state)
+        self.downloads, self.num_bytes_down = list(zip(cohort, sizes, strict=True)), sum(sizes)
         return sent
 
     def open(self, data: bytes, task: ClientTask) -> Contribution:

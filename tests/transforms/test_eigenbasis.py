@@ -36,7 +36,7 @@ def after_rounds(updates: list[dict[str, Tensor]], transform: Any) -> tuple[Code
     for round, update in enumerate(updates):
         _, state = codec.finish(Contribution({"delta": update}, {"weight": 1.0}), round, state)
     sent, num_bytes, state = codec.broadcast({"model": updates[0]}, ["a"], 3, state)
-    assert num_bytes == len(pack(sent))
+    assert num_bytes == [len(pack(sent))]
     return codec, ClientTask("a", 3, 17, sent, seed=0), state
 
 

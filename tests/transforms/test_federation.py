@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from spine_zoo import Classifier, assert_same_bits, fit_federated, sites, weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transforms_zoo import TRANSFORMS
 
-from fl_lightning import ErrorFeedback, FedAvg, Quantize, RandomK, Scaffold, TopK, chain
+from fl_lightning import ErrorFeedback, FedAvg, FedBuff, Quantize, RandomK, Scaffold, TopK, chain
 from fl_lightning.algorithms import Algorithm, MimeLite
 from fl_lightning.callbacks import Compression
 from fl_lightning.engines import SpawnedEngine
@@ -45,6 +47,38 @@ def train(
     arguments = {"max_rounds": 3, "num_threads": 1, "log_clients": False, **arguments}
     trainer = fit_federated(module, sites(3), transforms=transforms, **arguments)
     return weights(module), trainer
+
+
+def client_bytes(trainer: Any, client: Any) -> list[tuple[int, float, float]]:
+    """Return ``(step, up, down)`` of a client's reports, as TensorBoard reads them."""
+    events = EventAccumulator(str(Path(trainer.logger.log_dir) / "clients" / str(client)))
+    events.Reload()
+    up, down = events.Scalars("num_bytes_up"), events.Scalars("num_bytes_down")
+    assert [point.step for point in up] == [point.step for point in down]
+    return [(one.step, one.value, other.value) for one, other in zip(up, down, strict=True)]
+
+
+def test_a_client_s_run_has_its_own_bytes_up_and_down(tmp_path: Path) -> None:
+    transforms = [CompressedBroadcast(TopK(0.05)), TopK(0.2)]
+    arguments: dict[str, Any] = {"clients_per_round": 2, "max_rounds": 5, "log_clients": True, "hidden": 800}
+    _, trainer = train(transforms, logger=TensorBoardLogger(tmp_path), **arguments)
+    history = trainer.round_history
+    found = {client: client_bytes(trainer, client) for client in {c for report in history for c in report.cohort}}
+    for report in history:
+        own = [found[client].pop(0) for client in report.cohort]
+        assert sum(up for _, up, _ in own) == report.num_bytes_up
+        assert sum(down for _, _, down in own) == report.num_bytes_down
+    assert not any(found.values())
+
+
+def test_what_a_client_downloaded_since_its_last_report_stands_at_its_next_one(tmp_path: Path) -> None:
+    """Asynchronous clients download in one round and report in another, and three are at work in the end."""
+    algorithm = FedBuff(buffer_size=1, concurrency=3)
+    _, trainer = train(None, max_rounds=6, log_clients=True, logger=TensorBoardLogger(tmp_path), algorithm=algorithm)
+    model = len(pack({"model": START, "buffers": {}}))
+    points = [point for c in {r.cohort[0] for r in trainer.round_history} for point in client_bytes(trainer, c)]
+    assert [down for _, _, down in points] == [model] * 6
+    assert sum(up for _, up, _ in points) == sum(report.num_bytes_up for report in trainer.round_history)
 
 
 @every_transform

@@ -90,8 +90,8 @@ def test_the_size_that_is_computed_is_the_length_that_is_written(client_id: Any,
 
 def test_a_broadcast_counts_the_length_that_is_written() -> None:
     trees = {"model": tree(), "buffers": BUFFERS, "control": tree(2)}
-    sent, length, state = codec().broadcast(trees, ["a", "b", "c"], 0, {})
-    assert length == 3 * len(pack(trees))
+    sent, lengths, state = codec().broadcast(trees, ["a", "b", "c"], 0, {})
+    assert lengths == [len(pack(trees))] * 3
     assert sent["model"] is trees["model"]
     assert state == {}
 
