@@ -207,7 +207,7 @@ class Federation:
             return {}
         now = {"model": self.model(), "buffers": self.buffers()}
         return {
-            task.dispatch_id: Arrival(task.round - dispatch.version, task.broadcast, now)
+            task.dispatch_id: Arrival(task.round - dispatch.version, task.broadcast, now, task.client_id)
             for task, dispatch in zip(tasks, plan.dispatches, strict=True)
         }
 

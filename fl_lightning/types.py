@@ -161,11 +161,13 @@ class Arrival:
         staleness: rounds between the model that the client was sent and the one that the server has now.
         sent: the broadcast that the client trained from.
         now: what the server has now, as ``"model"`` and ``"buffers"``.
+        client_id: whose update it is.
     """
 
     staleness: int = 0
     sent: Mapping[str, Tree] = field(default_factory=dict)
     now: Mapping[str, Tree] = field(default_factory=dict)
+    client_id: ClientId | None = None
 
 
 @dataclass(slots=True)

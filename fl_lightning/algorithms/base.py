@@ -111,9 +111,12 @@ class Algorithm:
         Raises:
             MisconfigurationException: unless the algorithm sums clients of different width.
         """
+        instead = "Use algorithm=HeteroFL(), or leave out width and AdaptiveWidth."
+        if self.asynchronous:
+            instead = "Narrower models need rounds in step (HeteroFL): leave out width and AdaptiveWidth."
         raise MisconfigurationException(
-            f"{type(self).__name__} sums whole models, and a client was asked to train {width:g} of its width. Use "
-            "algorithm=HeteroFL(), or leave out width and AdaptiveWidth."
+            f"{type(self).__name__} sums whole models, and a client was asked to train {width:g} of its width. "
+            f"{instead}"
         )
 
     def contribute(self, update: ClientUpdate, task: ClientTask, memory: Memory) -> tuple[Contribution, Memory | None]:

@@ -87,7 +87,7 @@ class FedAsync(Algorithm):
         return BufferedSchedule(1, self.concurrency, self.max_staleness)
 
     def receive(self, contribution: Contribution, arrival: Arrival) -> Contribution:
-        rate = self.alpha * self.discount(arrival.staleness)
+        rate = self.alpha * self.discount(arrival.staleness, arrival.client_id)
         trees: dict[str, Tree] = dict(contribution.trees)
         moved = {name: tensor.clone() for name, tensor in trees["delta"].items()}
         add_(moved, difference(arrival.sent["model"], arrival.now["model"]))

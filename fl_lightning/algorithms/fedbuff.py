@@ -95,7 +95,7 @@ class FedBuff(Algorithm):
         return BufferedSchedule(self.buffer_size, self.concurrency, self.max_staleness, self.client_concurrency)
 
     def receive(self, contribution: Contribution, arrival: Arrival) -> Contribution:
-        factor = self.discount(arrival.staleness)
+        factor = self.discount(arrival.staleness, arrival.client_id)
         if factor == 1.0:
             return contribution
         scalars = dict(contribution.scalars)

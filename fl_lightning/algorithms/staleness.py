@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fl_lightning.callbacks.checks import non_negative, positive
+from fl_lightning.types import ClientId
 
 __all__ = ["Staleness", "StalenessWeight"]
 
@@ -57,21 +59,46 @@ class StalenessWeight:
                 f"{owner} expected staleness='constant', 'polynomial', 'hinge' or a callable on the number of rounds, "
                 f"got {kind!r}."
             )
-        self.kind = kind
+        self.owner, self.kind = owner, kind
         self.exponent = non_negative(owner, "exponent", exponent, "0 weighs old updates like new ones")
         self.hinge_slope = positive(owner, "hinge_slope", hinge_slope)
         self.hinge_delay = non_negative(owner, "hinge_delay", hinge_delay)
 
-    def __call__(self, staleness: int) -> float:
+    def __call__(self, staleness: int, client_id: ClientId | None = None) -> float:
+        """Return the factor of an update that is so many rounds old.
+
+        Args:
+            staleness: rounds.
+            client_id: whose update it is, for errors.
+
+        Raises:
+            MisconfigurationException: names the function and the client, when it raises or returns no number.
+        """
         if callable(self.kind):
-            factor = float(self.kind(staleness))
-            if not 0 <= factor < float("inf"):
-                raise MisconfigurationException(
-                    f"Expected staleness({staleness}) to return a finite number >= 0, got {factor!r}."
-                )
-            return factor
+            return self._called(self.kind, staleness, client_id)
         if self.kind == "polynomial":
             return float((1.0 + staleness) ** -self.exponent)
         if self.kind == "hinge" and staleness > self.hinge_delay:
             return 1.0 / (self.hinge_slope * (staleness - self.hinge_delay) + 1.0)
         return 1.0
+
+    def _called(self, function: Callable[[int], float], staleness: int, client_id: ClientId | None) -> float:
+        name = getattr(function, "__name__", type(function).__name__)
+        whose = "" if client_id is None else f" for client {client_id!r}"
+        try:
+            given: Any = function(staleness)
+        except Exception as error:
+            raise MisconfigurationException(
+                f"{self.owner}(staleness={name}) raised {error!r} at {staleness} rounds{whose}. It gets a count of "
+                "rounds, and returns a number; mend it."
+            ) from error
+        try:
+            factor = math.nan if isinstance(given, str) else float(given)
+        except (TypeError, ValueError):
+            factor = math.nan
+        if not 0 <= factor < math.inf:
+            raise MisconfigurationException(
+                f"{self.owner}(staleness={name}) expected to return a finite number >= 0 at {staleness} rounds{whose}, "
+                f"got {given!r}."
+            )
+        return factor

@@ -142,7 +142,8 @@ class DeviceBuffer(BufferedSchedule):
         if at + self.wait_seconds - since > self.max_wait_hours * 3600.0:
             raise NotEnoughClientsError(
                 f"Round {occasion.round} waits for updates, nobody is at work, and nobody was eligible in "
-                f"{self.max_wait_hours:g} hours on the virtual clock ({counted(self._refused)}). Relax the "
+                f"{self.max_wait_hours:g} hours on the virtual clock. Refusals, counted at every look at the clock: "
+                f"{counted(self._refused)}. Relax the "
                 "eligibility, change the fleet, or raise max_wait_hours."
             )
         return at + self.wait_seconds
@@ -155,7 +156,11 @@ class DeviceBuffer(BufferedSchedule):
         metrics = {
             "devices/reports": float(len(buffer)),
             "devices/in_flight": float(len(self._under_way)),
-            **self.energy.metrics(sum(entry["watt_hours"] for entry in ended)),
+            **self.energy.metrics(
+                _fleet_of(occasion),
+                [entry["client_id"] for entry in ended],
+                sum(entry["watt_hours"] for entry in ended),
+            ),
         }
         rules = self.eligibility.rules if isinstance(self.eligibility, AllOf) else [self.eligibility]
         reasons = [*(rule.reason for rule in rules), GAVE_UP, OFFLINE, EMPTY]

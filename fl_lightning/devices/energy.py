@@ -63,7 +63,17 @@ class EnergyModel:
         watts, radio = fleet.values("train_watts", client_ids), fleet.values("radio_watts", client_ids)
         return (watts * train_seconds + radio * radio_seconds) / 3600.0
 
-    def metrics(self, watt_hours: float) -> dict[str, float]:
-        """Return a round's estimates for its report; their names say that they are estimates."""
+    def metrics(self, fleet: DeviceFleet, client_ids: Sequence[ClientId], watt_hours: float) -> dict[str, float]:
+        """Return a round's estimates for its report; their names say that they are estimates.
+
+        Where no device of the round has watts nothing is known, which is not 0: there are none then.
+
+        Args:
+            fleet: the devices.
+            client_ids: who was sent work, at least one.
+            watt_hours: of all of them.
+        """
+        if not any(fleet.values(name, client_ids).any() for name in ("train_watts", "radio_watts")):
+            return {}
         grams = watt_hours / self.charger_efficiency * self.carbon_grams_per_kwh / 1000.0
         return {"devices/energy_wh_estimate": watt_hours, "devices/co2_g_estimate": grams}

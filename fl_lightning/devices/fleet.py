@@ -123,13 +123,15 @@ class DeviceFleet(Moments):
 
         The CSV file has a column ``client_id``, optionally ``seconds`` on the clock, and any of the properties above
         and of ``online``, ``charging``, ``idle`` (0 or 1). Columns replace the profile's properties. Without
-        ``seconds`` a device has one row; with it a row holds until the next one, and the last row for ever.
+        ``seconds`` a device has one row; with it a row holds until the next one, the first row from the clock's start,
+        and the last row ``max_gap_seconds`` long: after that the device counts as offline.
 
         Args:
             path: the file.
             assign: ``"id"`` gives client ``7`` (or ``"7"``) the device named 7; ``"draw"`` gives every client a device
                 of the trace by chance, so that a hundred measured devices serve a million clients.
-            max_gap_seconds: longest time between two rows of a device.
+            max_gap_seconds: longest time between two rows of a device, before its first one and after its last one;
+                ``float("inf")`` lets the last row hold for ever.
             **properties: as in the constructor, for what the trace does not say.
 
         Raises:

@@ -116,9 +116,12 @@ class Moments(Properties):
         return inside
 
     def _online(self, client_ids: Sequence[ClientId], at: float | Floats, hour: Floats) -> NDArray[np.bool_]:
-        window = self._within("online", client_ids, at, hour)
-        if self._trace is not None and self._measures("online"):
-            return window
+        known: NDArray[np.bool_] = np.ones(len(client_ids), dtype=bool)
+        if self._trace is not None:
+            known = self._trace.online(self._devices(client_ids), spread_out(at, client_ids))
+            if self._measures("online"):
+                return known
+        window = self._within("online", client_ids, at, hour) & known
         coin = self.draw(client_ids, "online now", self._slot(at))
         return window & (coin < self.values("online_probability", client_ids))
 
@@ -128,10 +131,12 @@ class Moments(Properties):
         Shape:
             ``(clients,)``
         """
-        if self._trace is not None and self._measures("online"):
-            found = self._trace.next_offline(self._devices(client_ids), begin)
-            return np.where(found < end, found, math.inf)
-        found = self._end_of_window(client_ids, begin)
+        traced = np.full(len(client_ids), math.inf)
+        if self._trace is not None:
+            traced = self._trace.next_offline(self._devices(client_ids), begin)
+            if self._measures("online"):
+                return np.where(traced < end, traced, math.inf)
+        found = np.minimum(self._end_of_window(client_ids, begin), traced)
         probability = self.values("online_probability", client_ids)
         first = self._slot(begin)
         for ahead in range(1, int(np.max(self._slot(end) - first, initial=0)) + 1):

@@ -41,7 +41,7 @@ class WorkPolicy:
     """Changes the work of a device by its circumstances. It is pure: the next round starts from the full work again."""
 
     def adapt(self, work: Work, now: Circumstances) -> Work:
-        """Return the work that is asked instead."""
+        """Return the work that is asked instead: at least one epoch or step. Whom to ask, eligibility decides."""
         raise NotImplementedError(f"{type(self).__name__} must define adapt(work, now).")
 
 
@@ -114,7 +114,7 @@ class DeadlineSteps(WorkPolicy):
 
 
 class AdaptiveWidth(WorkPolicy):
-    """A narrower model where the whole one does not fit into a device's memory; for ``HeteroFL``.
+    """A narrower model where the whole one does not fit into a device's memory; for ``HeteroFL``, in rounds in step.
 
     Widths are 1, 1/2, 1/4 and so on down to ``smallest``; a device gets the largest whose need, ``width * memory_gb``,
     it meets, and ``smallest`` when it meets none. On the virtual clock and for its battery a step then takes the square
@@ -154,10 +154,41 @@ class AdaptiveWidth(WorkPolicy):
 def adapted(
     work: Work, now: Circumstances, policies: Sequence[WorkPolicy], num_steps: Callable[[Work], int]
 ) -> tuple[Work, int]:
-    """Return the work after several policies, each of which sees what the one before it left, and its steps."""
+    """Return the work after several policies, each of which sees what the one before it left, and its steps.
+
+    Raises:
+        MisconfigurationException: names the policy and the client, when it raises or returns what is no work.
+    """
     for policy in policies:
-        changed = policy.adapt(work, now)
+        changed = _asked(policy, work, now)
         if changed != work:
             step_seconds = now.step_seconds * (changed.width / work.width) ** 2
             work, now = changed, replace(now, num_steps=num_steps(changed), step_seconds=step_seconds)
     return work, now.num_steps
+
+
+def _asked(policy: WorkPolicy, work: Work, now: Circumstances) -> Work:
+    name = f"{type(policy).__name__}.adapt"
+    try:
+        changed = policy.adapt(work, now)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        raise MisconfigurationException(
+            f"{name} raised {error!r} for client {now.client_id!r}. It gets a Work and the Circumstances, and "
+            "returns a Work; mend it."
+        ) from error
+    if not isinstance(changed, Work):
+        raise MisconfigurationException(
+            f"{name} expected to return a Work for client {now.client_id!r}, got {changed!r}. Return the work that it "
+            "got where nothing changes, or dataclasses.replace(work, ...)."
+        )
+    amount = changed.epochs if changed.steps is None else changed.steps
+    whole = isinstance(amount, int) and not isinstance(amount, bool) and amount >= 1
+    if not whole or not 0 < changed.width <= 1:
+        raise MisconfigurationException(
+            f"{name} expected to return epochs or steps as an integer >= 1 and a width in (0, 1] for client "
+            f"{now.client_id!r}, got epochs={changed.epochs!r}, steps={changed.steps!r} and width={changed.width!r}. "
+            "To send a device no work, write an eligibility rule."
+        )
+    return changed

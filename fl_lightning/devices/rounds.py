@@ -252,7 +252,7 @@ class DeviceRounds(Schedule):
         self, occasion: Occasion, fleet: DeviceFleet, attempts: list[_Attempt], counts: Counter[str]
     ) -> dict[str, float]:
         last = attempts[-1]
-        watt_hours = 0.0
+        watt_hours, sent = 0.0, [client_id for tried in attempts for client_id in tried.trips.client_ids]
         for tried in attempts:
             ended = np.minimum(np.minimum(tried.trips.lost_at, tried.trips.reports_at), tried.end)
             watt_hours += float(tried.trips.spent(ended).sum())
@@ -260,10 +260,10 @@ class DeviceRounds(Schedule):
             "simulated_seconds": last.end,
             "devices/round_seconds": last.end - last.trips.begin,
             "devices/wait_seconds": attempts[0].trips.begin - occasion.clock,
-            "devices/sent": float(sum(len(tried.trips.client_ids) for tried in attempts)),
+            "devices/sent": float(len(sent)),
             "devices/reports": float(len(last.accepted)),
             "devices/partial": float(sum(last.trips.works[index].partial for index in last.accepted)),
-            **self.energy.metrics(watt_hours),
+            **self.energy.metrics(fleet, sent, watt_hours),
         }
         for reason in dict.fromkeys([*self._reasons(), *counts]):  # curves of reasons that are rare have zeros
             metrics[f"devices/dropped/{reason.replace(' ', '_')}"] = float(counts[reason])

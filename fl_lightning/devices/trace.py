@@ -34,12 +34,14 @@ class Trace:
         starts: for each device its first row, and the number of rows at the end.
         seconds: time of each row on the clock; all 0 in a trace without times.
         columns: values of each row.
+        max_gap_seconds: how long a device's last row holds in a trace with times; infinite for ever.
     """
 
     names: list[str]
     starts: Indices
     seconds: Floats
     columns: dict[str, Floats]
+    max_gap_seconds: float = math.inf
     _positions: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,15 +68,31 @@ class Trace:
         values: Floats = self.columns[name][self.rows(devices, at)]
         return values
 
+    def ends(self, devices: Indices) -> Floats:
+        """Return from when on nothing is known of each device, which then counts as offline.
+
+        Shape:
+            ``(clients,)``
+        """
+        ends: Floats = self.seconds[self.starts[devices + 1] - 1] + self.max_gap_seconds
+        return ends
+
+    def online(self, devices: Indices, at: Floats) -> NDArray[np.bool_]:
+        """Return who is online as far as the trace knows: everyone until it ends, in one without such a column."""
+        known: NDArray[np.bool_] = at <= self.ends(devices)
+        return known & (self.values("online", devices, at) >= 0.5) if "online" in self.columns else known
+
     def next_offline(self, devices: Indices, at: Floats) -> Floats:
         """Return when each device is next offline, infinite for never; a device that is offline is so at once."""
         rows = self.rows(devices, at)
-        found = np.full(len(rows), math.inf)
-        online = self.columns["online"]
+        found = np.maximum(at, self.ends(devices))
+        online = self.columns.get("online")
+        if online is None:
+            return found
         for index, row in enumerate(rows):
             later = np.flatnonzero(online[row : self.starts[devices[index] + 1]] < 0.5)
             if len(later):
-                found[index] = max(float(at[index]), float(self.seconds[row + later[0]]))
+                found[index] = min(found[index], max(float(at[index]), float(self.seconds[row + later[0]])))
         return found
 
     def charged_between(self, devices: Indices, begin: Floats, end: Floats) -> NDArray[np.bool_]:
@@ -91,15 +109,16 @@ def read_trace(path: str | os.PathLike[str], max_gap_seconds: float) -> Trace:
 
     The first line names the columns: ``client_id``, optionally ``seconds``, any property of a device and any of
     ``online``, ``charging`` and ``idle``. Without ``seconds`` every device has one row; with it a row holds until the
-    device's next one, and the last row for ever.
+    device's next one; the first row holds from the clock's start, and the last one ``max_gap_seconds`` long, after
+    which the device counts as offline.
 
     Args:
         path: a CSV file in UTF-8.
-        max_gap_seconds: longest time between two rows of a device.
+        max_gap_seconds: longest time between two rows of a device, and from the clock's start, 0, to its first one.
 
     Raises:
         MisconfigurationException: names the line: an unknown column, an empty or impossible value, times that go
-            backwards, a gap between two times, a device whose rows are not together.
+            backwards, a gap between two times or before the first one, a device whose rows are not together.
     """
     file_path = Path(path)
     if not file_path.is_file():
@@ -121,12 +140,14 @@ def read_trace(path: str | os.PathLike[str], max_gap_seconds: float) -> Trace:
                 _refuse(file_path, line, f"the rows of client {name!r} to stand together", "another client between")
             names.append(name)
             starts.append(len(table))
+            _check_first(file_path, line, name, values, max_gap_seconds)
         else:
             _check_times(file_path, line, name, table[-1], values, max_gap_seconds)
         table.append(values)
     columns = {name: np.array([values[name] for values in table]) for name in header if name not in _KEYS}
     seconds = np.array([values.get("seconds", 0.0) for values in table])
-    return Trace(names, np.array([*starts, len(table)]), seconds, columns)
+    holds = max_gap_seconds if "seconds" in header else math.inf
+    return Trace(names, np.array([*starts, len(table)]), seconds, columns, holds)
 
 
 def _check_header(path: Path, header: Sequence[str]) -> None:
@@ -180,6 +201,16 @@ def _check_times(
         _refuse(
             path, line, f"at most max_gap_seconds={max_gap_seconds:g} between two rows of client {name!r}",
             f"a gap of {gap:g} seconds",
+        )  # fmt: skip
+
+
+def _check_first(path: Path, line: int, name: str, first: Mapping[str, float], max_gap_seconds: float) -> None:
+    begin = first.get("seconds", 0.0)
+    if begin > max_gap_seconds:
+        _refuse(
+            path, line,
+            f"the first row of client {name!r} within max_gap_seconds={max_gap_seconds:g} of the clock's start, 0",
+            f"{begin:g} seconds",
         )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ class Chain(Transform):
             if part.remembers_values and not before.keeps_shapes:
                 raise MisconfigurationException(
                     f"{type(part).__name__} stands behind {type(before).__name__}, which gives it other values in each "
-                    f"round. Put all of it inside: ErrorFeedback(chain({type(before).__name__}(...), ...))."
+                    f"round. Put all of it inside one: ErrorFeedback(chain({_shown(before)}, ...))."
                 )
 
     @property
@@ -127,6 +127,12 @@ class Chain(Transform):
 
     def contraction(self) -> Transform:
         return Chain([part.contraction() for part in self.parts])
+
+
+def _shown(part: Transform) -> str:
+    """Return a part as it stands inside of error feedback, which must not be there twice."""
+    inner = getattr(part, "transform", part) if part.remembers_values else part
+    return ", ".join(f"{type(p).__name__}(...)" for p in (inner.parts if isinstance(inner, Chain) else [inner]))
 
 
 def chain(*parts: Transform) -> Chain:

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fl_lightning.transforms.base import Broadcast, Exchange, State, Template, Transform, template_of
+from fl_lightning.transforms.feedback import has_feedback
 from fl_lightning.tree import add_, difference
 from fl_lightning.types import ClientId, Contribution, Tree
 from fl_lightning.wire import pack
@@ -58,7 +59,7 @@ class CompressedBroadcast(Transform):
             raise MisconfigurationException(
                 f"CompressedBroadcast expected a transform, got {transform!r}. Write CompressedBroadcast(TopK(0.1))."
             )
-        if "ErrorFeedback(" in repr(transform):
+        if has_feedback(transform):
             raise MisconfigurationException(
                 "CompressedBroadcast compresses a difference that holds every earlier error; leave ErrorFeedback out."
             )

@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fl_lightning.transforms.base import Broadcast, Exchange, Payload, State, Template, Transform, template_of
+from fl_lightning.transforms.chaining import Chain
 from fl_lightning.tree import add_, difference
 from fl_lightning.types import ClientId, Contribution, Memory, Tree
 
-__all__ = ["ErrorFeedback"]
+__all__ = ["ErrorFeedback", "has_feedback"]
 
 _KEY = "residual"
 
@@ -59,7 +60,7 @@ class ErrorFeedback(Transform):
             raise MisconfigurationException(
                 f"ErrorFeedback expected a transform, got {transform!r}. Write ErrorFeedback(TopK(0.01))."
             )
-        if "ErrorFeedback(" in repr(transform):
+        if has_feedback(transform):
             raise MisconfigurationException("ErrorFeedback inside ErrorFeedback feeds back nothing; leave one out.")
         self.transform = transform.contraction()
 
@@ -100,6 +101,13 @@ class ErrorFeedback(Transform):
 
     def finish(self, total: Contribution, state: State) -> tuple[Contribution, State]:
         return self.transform.finish(total, state)
+
+
+def has_feedback(transform: Transform) -> bool:
+    """Return whether error feedback is anywhere in a transform: itself, a part of a chain, or what it wraps."""
+    inside = transform.parts if isinstance(transform, Chain) else vars(transform).values()
+    parts = [part for part in inside if isinstance(part, Transform)]
+    return isinstance(transform, ErrorFeedback) or any(map(has_feedback, parts))
 
 
 @torch.no_grad()

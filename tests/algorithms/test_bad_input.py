@@ -13,7 +13,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from quadratics import quiet_trainer
 from torch.utils.data import DataLoader
 
-from fl_lightning.algorithms import APFL, Algorithm, FedAvg, FedAvgM, FedDyn, FedNova, FedProx, MimeLite, Scaffold
+from fl_lightning.algorithms import (
+    APFL,
+    Algorithm,
+    FedAsync,
+    FedAvg,
+    FedAvgM,
+    FedBuff,
+    FedDyn,
+    FedNova,
+    FedProx,
+    MimeLite,
+    Scaffold,
+)
 from fl_lightning.callbacks import ProximalTerm
 from fl_lightning.types import ClientTask, ClientUpdate
 
@@ -132,3 +144,35 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
         run(FedAvg(weights=lambda update: -1.0), Net())
     with pytest.raises(MisconfigurationException, match=r"Expected a positive sum of client weights, got 0.0"):
         run(FedAvg(weights=lambda update: 0.0), Net())
+
+
+def broken(staleness: int) -> Any:
+    raise KeyError(staleness)
+
+
+def text(staleness: int) -> Any:
+    return "0.5"
+
+
+@pytest.mark.parametrize("kind", [FedBuff, FedAsync])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (text, r"\(staleness=text\) expected to return a finite number >= 0 at 0 rounds for client .*, got '0\.5'"),
+        (broken, r"\(staleness=broken\) raised KeyError\(0\) at 0 rounds for client"),
+        (
+            lambda age: None,
+            r"\(staleness=<lambda>\) expected to return a finite number >= 0 .* for client .*, got None",
+        ),
+        (
+            lambda age: -1.0,
+            r"\(staleness=<lambda>\) expected to return a finite number >= 0 .* for client .*, got -1\.0",
+        ),
+    ],
+)
+def test_a_staleness_function_without_a_number_names_itself_and_the_client(
+    kind: Any, function: Any, message: str
+) -> None:
+    buffer = {"buffer_size": 1} if kind is FedBuff else {}
+    with pytest.raises(MisconfigurationException, match=rf"{kind.__name__}{message}"):
+        run(kind(staleness=function, concurrency=1, **buffer), Net())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fl_lightning import DeviceFleet, FedAvg, FederatedTrainer, HeteroFL
+from fl_lightning import DeviceFleet, FedAvg, FedBuff, FederatedTrainer, HeteroFL
 from fl_lightning.algorithms.heterofl import kept_lengths
 from fl_lightning.devices import AdaptiveWidth, DeviceRounds
 from fl_lightning.errors import MisconfigurationException
@@ -175,6 +175,10 @@ def test_who_asks_for_widths_is_told_what_has_them() -> None:
     overrides = {"a": {"width": 0.5}}
     with pytest.raises(MisconfigurationException, match=r"FedAvg sums whole models.*Use algorithm=HeteroFL\(\)"):
         fit(mlp(), FedAvg(), client_overrides=overrides)
+    with pytest.raises(
+        MisconfigurationException, match=r"FedBuff sums whole models.*rounds in step \(HeteroFL\): leave"
+    ):
+        fit(mlp(), FedBuff(1, concurrency=1), client_overrides={name: {"width": 0.5} for name in "abc"})
     with pytest.raises(MisconfigurationException, match=r"\['width'\] in \(0, 1\], got 1\.5"):
         fit(mlp(), client_overrides={"a": {"width": 1.5}})
     with pytest.raises(MisconfigurationException, match=r"takes 9 inputs, and the layer before it has 8 outputs"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from spine_zoo import Classifier, fit_federated, sites
 
 from fl_lightning import FederatedTrainer
 from fl_lightning.devices import (
@@ -15,6 +17,7 @@ from fl_lightning.devices import (
     AllOf,
     BatteryAtLeast,
     Choice,
+    Circumstances,
     DeadlineSteps,
     DeviceFleet,
     DeviceRounds,
@@ -32,6 +35,8 @@ from fl_lightning.devices import (
     Uniform,
     WorkPolicy,
 )
+from fl_lightning.devices.policies import adapted
+from fl_lightning.types import Work
 
 
 @pytest.mark.parametrize(
@@ -105,6 +110,38 @@ def test_what_is_unfinished_says_what_it_lacks() -> None:
         WorkPolicy().adapt(None, None)  # type: ignore[arg-type]
 
 
+class Policy(WorkPolicy):
+    def __init__(self, adapt: Any) -> None:
+        self.given = adapt
+
+    def adapt(self, work: Work, now: Circumstances) -> Work:
+        given: Work = self.given(work, now)
+        return given
+
+
+@pytest.mark.parametrize(
+    ("adapt", "message"),
+    [
+        (lambda work, now: None, "Policy.adapt expected to return a Work for client 'a', got None. Return the work"),
+        (lambda work, now: 1 / 0, r"Policy.adapt raised ZeroDivisionError\(.*\) for client 'a'"),
+        (lambda work, now: replace(work, epochs=0), "integer >= 1 and a width .* client 'a', got epochs=0, steps=None"),
+        (lambda work, now: replace(work, steps=0), "client 'a', got epochs=1, steps=0"),
+        (lambda work, now: replace(work, epochs=0.5), "client 'a', got epochs=0.5"),
+        (lambda work, now: replace(work, width=0.0), "client 'a', got .* width=0.0"),
+    ],
+)
+def test_a_policy_without_work_names_itself_and_the_client(adapt: Any, message: str) -> None:
+    now = Circumstances("a", 1.0, False, num_steps=5, step_seconds=1.0, travel_seconds=0.0, seconds_left=9.0)
+    with pytest.raises(MisconfigurationException, match=message):
+        adapted(Work(), now, [Policy(adapt)], lambda work: 5)
+
+
+def test_a_policy_s_error_ends_a_fit_with_its_name() -> None:
+    rounds = DeviceRounds(policies=[Policy(lambda work, now: None)])
+    with pytest.raises(MisconfigurationException, match=r"Policy\.adapt expected to return a Work for client 's"):
+        fit_federated(Classifier(), sites(3), max_rounds=1, fleet=DeviceFleet(), schedule=rounds)
+
+
 def written(tmp_path: Path, *lines: str) -> Path:
     path = tmp_path / "trace.csv"
     path.write_text("\n".join(lines) + "\n")
@@ -129,6 +166,7 @@ def written(tmp_path: Path, *lines: str) -> Path:
         (["client_id,seconds,online", "a,60,1", "a,30,0"], "line 3: expected the times of client 'a' to go up, got 30"),
         (["client_id,seconds,online", "a,60,1", "a,60,0"], "line 3: expected the times of client 'a' to go up"),
         (["client_id,seconds,online", "a,0,1", "a,90000,0"], "line 3: .* got a gap of 90000 seconds"),
+        (["client_id,seconds,online", "a,0,1", "b,9999999,1"], "line 3: expected the first row of client 'b' within"),
         (["client_id,seconds,online", "a,0,1", "b,0,1", "a,9,1"], "line 4: expected the rows of client 'a' to stand"),
         (["client_id,speed", "a,1", "a,2"], "line 3: expected one row of client 'a', as there is no column seconds"),
     ],
@@ -159,11 +197,25 @@ def test_a_trace_says_how_devices_are(tmp_path: Path) -> None:
     assert now.online.tolist() == [True, True]
     assert fleet.conditions(["7"], at=1200.0).online.tolist() == [False]
     assert fleet.conditions(["b"], at=0.0).battery.tolist() == [0.5], "the first row holds before its time"
-    assert fleet.conditions(["b"], at=1e9).charging.tolist() == [True], "and the last one for ever"
+    assert fleet.conditions(["b"], at=1e9).charging.tolist() == [True], "and the last one for what it still says"
     assert [fleet.seconds(7, 4, at=at) for at in (0.0, 1300.0)] == [3.0, 2.0]
     left = fleet.offline_from([7, "b"], np.array([650.0, 650.0]), np.array([5000.0, 5000.0]))
     assert left.tolist() == [1200.0, float("inf")]
     assert fleet.offline_from([7], np.array([0.0]), np.array([1000.0])).tolist() == [float("inf")]
+
+
+@pytest.mark.parametrize("column", ["online", "speed"])
+def test_a_device_is_offline_when_its_trace_ended_a_gap_ago(tmp_path: Path, column: str) -> None:
+    path = written(tmp_path, f"client_id,seconds,{column}", "a,0,1", "a,600,1", "b,900,1")
+    fleet = DeviceFleet.from_trace(path, max_gap_seconds=1000.0)
+    ends = {1600.0: [True, True], 1601.0: [False, True], 1901.0: [False, False]}
+    assert {at: fleet.conditions(["a", "b"], at=at).online.tolist() for at in ends} == ends
+    left = fleet.offline_from(["a", "b"], np.array([1500.0, 1500.0]), np.array([1700.0, 1700.0]))
+    assert left.tolist() == [1600.0, float("inf")]
+    endless = DeviceFleet.from_trace(path, max_gap_seconds=float("inf"))
+    assert endless.conditions(["a"], at=1e9).online.tolist() == [True]
+    static = DeviceFleet.from_trace(written(tmp_path, f"client_id,{column}", "a,1"))
+    assert static.conditions(["a"], at=1e9).online.tolist() == [True], "without times it is no record of a time"
 
 
 def test_work_is_missing_in_a_measured_battery_until_it_is_charged(tmp_path: Path) -> None:

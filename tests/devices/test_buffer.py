@@ -75,6 +75,8 @@ def test_who_gives_up_frees_its_place_and_brings_nothing() -> None:
 def test_work_drains_a_battery_until_it_is_refused() -> None:
     own = fleet(battery_wh=lambda c: 0.02 if c == "s1" else 100.0, train_watts=6.0, charge_hours=0.0, idle_watts=0.0)
     trainer, _ = fit(40, fleet=own)
+    ideal, _ = fit(1, fleet=fleet())
+    assert "devices/energy_wh_estimate" not in ideal.round_history[0].metrics, "without watts nothing is known"
     cohorts = [report.cohort for report in trainer.round_history]
     took_part = [number for number, cohort in enumerate(cohorts) if "s1" in cohort]
     assert took_part
@@ -88,7 +90,10 @@ def test_the_clock_waits_for_someone_eligible_and_not_for_ever() -> None:
     rule = DeviceBuffer(eligibility=Eligibility(idle=True), wait_seconds=600.0)
     trainer, _ = fit(2, fleet=night, schedule=rule)
     assert 7200 <= trainer.round_history[0].metrics["simulated_seconds"] < 7200 + 600 + 100
-    with pytest.raises(NotEnoughClientsError, match=r"nobody was eligible in 1 hours .*in use.*Relax the eligibility"):
+    with pytest.raises(
+        NotEnoughClientsError,
+        match=r"nobody was eligible in 1 hours .*counted at every look.*: \d+ in use.*Relax the eligibility",
+    ):
         fit(2, fleet=night, schedule=DeviceBuffer(eligibility=Eligibility(idle=True), max_wait_hours=1.0))
     with pytest.raises(NotEnoughClientsError, match=r"1000 devices in a row were lost .*gave up.*Lower the fleet's"):
         fit(2, fleet=fleet(dropout=1.0))

@@ -228,6 +228,13 @@ def test_energy_is_power_times_time_and_stops_with_the_work() -> None:
     assert at.tolist() == [3.0, 4.0, 4.0, 4.0]
 
 
+@pytest.mark.parametrize("watts", [{}, {"train_watts": 3.6}, {"radio_watts": lambda c: float(c == "a")}])
+def test_without_watts_there_is_no_energy_in_place_of_none(watts: Any) -> None:
+    plan = DeviceRounds().plan(occasion(DeviceFleet(speed=1.0, **watts), list("abcd"), 4))
+    names = {"devices/energy_wh_estimate", "devices/co2_g_estimate"}
+    assert names & plan.metrics.keys() == (names if watts else set())
+
+
 def test_shares_show_the_bias_of_a_deadline() -> None:
     fleet = DeviceFleet(speed="lognormal(1, 0.7)")
     biased, fair = DeviceRounds(deadline=8.0), DeviceRounds(deadline=8.0, stragglers="partial")

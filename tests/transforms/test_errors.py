@@ -12,7 +12,32 @@ from transforms_zoo import tree
 from fl_lightning import ErrorFeedback, Quantize, RandomK, TopK, chain
 from fl_lightning.callbacks import Compression
 from fl_lightning.errors import MisconfigurationException
-from fl_lightning.transforms import Cast, Chain, Codec, CompressedBroadcast, Eden, PowerSGD, Sign, TreeTransform
+from fl_lightning.transforms import (
+    Cast,
+    Chain,
+    Codec,
+    CompressedBroadcast,
+    Eden,
+    PowerSGD,
+    Sign,
+    Transform,
+    TreeTransform,
+)
+
+
+class Around(Transform):
+    """Holds another transform; its own repr does not show what, and another one's shows a name."""
+
+    def __init__(self, inner: Transform | None = None, note: str = "") -> None:
+        self.inner, self.note = inner, note
+
+    def __repr__(self) -> str:
+        return f"Around({self.note})"
+
+
+def test_a_name_in_a_text_is_no_error_feedback() -> None:
+    ErrorFeedback(Around(note="not ErrorFeedback(...)"))
+    CompressedBroadcast(Around(note="not ErrorFeedback(...)"))
 
 
 @pytest.mark.parametrize("kind", [TopK, RandomK])
@@ -65,6 +90,12 @@ def test_how_many_elements(kind: Any, arguments: dict[str, Any], message: str) -
             lambda: chain(TopK(0.1), ErrorFeedback(Quantize(8))),
             r"ErrorFeedback stands behind TopK, .*ErrorFeedback\(chain\(TopK\(\.\.\.\), \.\.\.\)\)",
         ),
+        (
+            lambda: chain(ErrorFeedback(chain(TopK(0.1), Cast("float16"))), ErrorFeedback(Quantize(8))),
+            r"stands behind ErrorFeedback, .*: ErrorFeedback\(chain\(TopK\(\.\.\.\), Cast\(\.\.\.\), \.\.\.\)",
+        ),
+        (lambda: ErrorFeedback(Around(chain(Around(ErrorFeedback(Sign()))))), r"leave one out"),
+        (lambda: CompressedBroadcast(Around(ErrorFeedback(Sign()))), r"leave ErrorFeedback out"),
         (lambda: Chain([Quantize(8), chain(ErrorFeedback(Sign()))]), r"ErrorFeedback stands behind Quantize"),
     ],
 )
