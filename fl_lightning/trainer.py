@@ -68,7 +68,8 @@ class FederatedTrainer(SavesPersonalModels, EvaluatingTrainer):
         transforms: what updates pass through between client and server, in order (``fl_lightning.transforms``).
         min_clients: fewest clients that must exist, take part and deliver.
         on_bad_update: ``"raise"`` stops at a client that fails or sends NaN; ``"skip"`` goes on and reports it.
-        client_overrides: by client id, or a function of it, any of ``epochs``, ``steps``, ``lr`` and ``batch_size``.
+        client_overrides: by client id, or a function of it, any of ``epochs``, ``steps``, ``lr``, ``batch_size``
+            and (with ``HeteroFL``) ``width``.
         evaluate_clients: evaluate the global model on clients' own data: everyone, a count, or a fraction.
         evaluate_every_n_rounds: how often, among the rounds that validate.
         personalize_epochs: with ``evaluate_clients``, also evaluate what the model becomes after so many epochs on the

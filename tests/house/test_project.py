@@ -74,6 +74,8 @@ def test_every_install_command_in_the_documentation_is_constrained(repository: P
     commands = [
         line for page in pages for line in page.read_text().splitlines() if re.search(r"\bpip\b.* install ", line)
     ]
+    # the environments of other libraries are theirs: what this project pins is not in them
+    commands = [line for line in commands if not line.strip().startswith("FOLDER/")]
     assert commands
     assert [line for line in commands if "-c constraints.txt" not in line] == []
 
