@@ -195,7 +195,8 @@ class Dispatcher:
     def _choose(self, size: int, round: int) -> list[ClientId]:
         """Return a cohort, in an order that does not depend on the population's."""
         cohort = self._draw(size, 0, round)
-        require_enough(len(cohort), self.settings.min_clients, round)
+        advice = self.sampler.advice(len(self.population.client_ids())) if isinstance(self.sampler, Sampler) else None
+        require_enough(len(cohort), self.settings.min_clients, round, advice)
         self.settings.algorithm.check_cohort(len(cohort))  # before anyone trains in vain
         return sorted(cohort, key=sort_key)
 

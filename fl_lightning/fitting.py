@@ -34,7 +34,7 @@ from fl_lightning.server import same_start, twin_of
 from fl_lightning.store import ClientStore
 from fl_lightning.traveling import Traveling, batch_norm_buffers
 from fl_lightning.types import ClientId, RoundReport
-from fl_lightning.validation import check_overrides
+from fl_lightning.validation import check_overrides, warn_of_strangers
 
 if TYPE_CHECKING:
     from fl_lightning.trainer import FederatedTrainer
@@ -121,6 +121,7 @@ class FederatedFit:
         self._resume(folder)
         self._start_retention(folder)
         local = federation.local_settings(trainer.local_settings())
+        warn_of_strangers([*local.callbacks, federation.algorithm], self.population.client_ids())
         local.save_dir, local.has_loggers = str(folder), bool(trainer.loggers)
         half = ClientHalf(
             self.worker, federation.algorithm, local, self.population, federation.store, self.curves.wants

@@ -10,11 +10,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from fl_lightning.algorithms.base import Algorithm
+from fl_lightning.algorithms.robust.little import ALittleIsEnough
+from fl_lightning.callbacks.attacks import Attack
 from fl_lightning.federation_settings import FederationSettings, Overrides, check_override
 from fl_lightning.packages import lightning_base
 from fl_lightning.types import ClientId
 
-__all__ = ["check_arguments", "check_overrides", "check_parts", "warn_of_averaging"]
+__all__ = ["check_arguments", "check_overrides", "check_parts", "warn_of_averaging", "warn_of_strangers"]
 
 _SHARDING = ("fsdp", "deepspeed", "modelparallel", "model_parallel")
 _CHOICES = {
@@ -117,6 +119,25 @@ def check_overrides(overrides: Overrides, client_ids: Sequence[ClientId]) -> Non
                 f"client_overrides names {client_id!r}, which is none of the {len(client_ids)} clients ({shown}). Use "
                 "the ids as client_ids() gives them: 1 and '1' are different clients. For clients that join later, "
                 "give a function: client_overrides=lambda client_id: {'epochs': 2} if client_id == ... else None."
+            )
+
+
+def warn_of_strangers(parts: Iterable[Any], client_ids: Sequence[ClientId]) -> None:
+    """Warn of an attack by clients that do not exist: it would never happen, and the rule would look robust.
+
+    Args:
+        parts: client callbacks and the algorithm; those with a list ``clients`` attack.
+        client_ids: the clients that exist now; others may join later, so that this is no error.
+    """
+    attacks = [part for part in parts if isinstance(part, Attack | ALittleIsEnough)]
+    known = client_ids if isinstance(client_ids, range) or not attacks else set(client_ids)
+    for part in attacks:
+        strangers = [client_id for client_id in part.clients if client_id not in known]
+        if strangers:
+            rank_zero_warn(
+                f"{type(part).__name__} names the attackers {strangers[:5]}, which are none of the {len(client_ids)} "
+                f"clients; the first is {client_ids[0]!r}. Use the ids as client_ids() gives them: 1 and '1' are "
+                "different clients."
             )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fl_lightning.algorithms.base import PERSONAL, Algorithm, OptimizerCallable, SchedulerCallable, Weights
 from fl_lightning.callbacks import GradientCorrection
-from fl_lightning.callbacks.checks import epochs_or_none, flag
+from fl_lightning.callbacks.checks import epochs_or_none, flag, sgd_only
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, Phase, Tree
 
 __all__ = ["APFL"]
@@ -42,7 +42,8 @@ class APFL(Algorithm):
         weights: ``"examples"``, ``"uniform"``, or a callable ``ClientUpdate -> float``.
 
     Raises:
-        MisconfigurationException: for an ``alpha`` outside of (0, 1], or ``personal_epochs < 1``.
+        MisconfigurationException: for an ``alpha`` outside of (0, 1], ``personal_epochs < 1``, or clients that do not
+            train with ``torch.optim.SGD``.
 
     Example:
         >>> [phase.name for phase in APFL(alpha=0.5).phases(ClientTask("a", 0, 0, {}, seed=0))]
@@ -52,8 +53,8 @@ class APFL(Algorithm):
         Deng et al., *Adaptive Personalized Federated Learning*, 2020, algorithm 1 and equation 10. There both models
         step in turn on the same batch; here :math:`w_k` is trained first and the mixture is taken with its end, so each
         has its own batches, and the share moves once a round, by the sum of the round's gradients. The chain rule's
-        factor is put on gradients (:math:`\alpha^2` for the mixture's step), so it is exact for SGD and has no effect
-        on optimizers that do not see the size of a gradient, such as Adam.
+        factor is put on gradients (:math:`\alpha^2` for the mixture's step), so it is exact for SGD; optimizers that do
+        not see the size of a gradient, such as Adam, are refused.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class _Mixture(GradientCorrection):
     @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        sgd_only("APFL", trainer.optimizers, "a personal model for any optimizer such as Ditto's")
         for name, p in pl_module.named_parameters():
             if name in self.model:
                 p.copy_(self.alpha * self.model[name].to(p.dtype) + (1 - self.alpha) * p)

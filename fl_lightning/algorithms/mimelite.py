@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import lightning.pytorch as pl
 from lightning.pytorch import Callback
 from torch import Tensor
 
 from fl_lightning.algorithms.base import Algorithm, OptimizerCallable, SchedulerCallable, State, Weights
 from fl_lightning.callbacks import GradientCorrection
-from fl_lightning.callbacks.checks import in_unit_interval
+from fl_lightning.callbacks.checks import in_unit_interval, sgd_only
 from fl_lightning.callbacks.start_pass import StartPass
 from fl_lightning.tree import scaled, zeros_like
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, Tree
@@ -35,7 +36,8 @@ class MimeLite(Algorithm):
         weights: ``"examples"``, ``"uniform"``, or a callable ``ClientUpdate -> float``; it weighs models and gradients.
 
     Raises:
-        MisconfigurationException: for a momentum outside of [0, 1), or a module with manual optimization.
+        MisconfigurationException: for a momentum outside of [0, 1), a module with manual optimization, or clients that
+            do not train with ``torch.optim.SGD``.
 
     Example:
         >>> MimeLite(momentum=0.5).momentum
@@ -86,6 +88,11 @@ class _ServerMomentum(GradientCorrection):
     def __init__(self, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self.momentum:
+            sgd_only("MimeLite", trainer.optimizers, "an algorithm for any optimizer such as FedAvgM")
 
     def correct(self, grads: Tree, params: Tree, task: ClientTask) -> dict[str, Tensor]:
         server = task.broadcast[_KEY]

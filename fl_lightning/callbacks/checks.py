@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import SGD, Optimizer
 
-__all__ = ["epochs_or_none", "flag", "in_unit_interval", "non_negative", "positive"]
+__all__ = ["epochs_or_none", "finite", "flag", "in_unit_interval", "non_negative", "positive", "sgd_only"]
 
 
 def non_negative(owner: str, name: str, value: float, hint: str = "") -> float:
@@ -65,6 +67,19 @@ def epochs_or_none(owner: str, name: str, value: int | None, like: str, hint: st
     return value
 
 
+def finite(owner: str, name: str, value: float, hint: str = "") -> float:
+    """Return the value as a float.
+
+    Raises:
+        MisconfigurationException: unless it is a finite number.
+
+    Example:
+        >>> finite("ALittleIsEnough", "z", -1)
+        -1.0
+    """
+    return _checked(owner, name, value, _is_number(value), "a finite number", hint)
+
+
 def flag(owner: str, name: str, value: bool) -> bool:
     """Return the value.
 
@@ -78,6 +93,25 @@ def flag(owner: str, name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise MisconfigurationException(f"{owner} expected {name} to be True or False, got {value!r}.")
     return value
+
+
+def sgd_only(owner: str, optimizers: Iterable[Optimizer], hint: str) -> None:
+    """Refuse an optimizer whose step is not proportional to the gradient.
+
+    Raises:
+        MisconfigurationException: unless every optimizer is ``torch.optim.SGD``.
+
+    Example:
+        >>> import torch
+        >>> sgd_only("MimeLite", [SGD([torch.zeros(1)], lr=0.1)], "use FedAvg()")
+    """
+    for optimizer in optimizers:
+        own = getattr(optimizer, "_optimizer", optimizer)
+        if not isinstance(own, SGD):
+            raise MisconfigurationException(
+                f"{owner} is defined for torch.optim.SGD, and configure_optimizers returns {type(own).__name__}, whose "
+                f"step does not follow the size of the gradient. Use SGD there, or {hint}."
+            )
 
 
 def _is_number(value: object) -> bool:

@@ -21,6 +21,9 @@ class PoissonSampler(Sampler):
     The size of the cohort is then random, with mean ``rate * number of clients``; accounting of differential privacy
     is tightest for this sampling. The work grows with the cohort and not with the population.
 
+    A cohort may come out empty, with probability ``(1 - rate) ** number of clients``, and a round without clients is an
+    error that says so: draw often enough that it does not happen.
+
     Args:
         rate: probability in (0, 1]; ``None`` takes ``clients_per_round / number of clients``.
 
@@ -43,6 +46,18 @@ class PoissonSampler(Sampler):
                 "clients_per_round / number of clients."
             )
         self.rate = rate
+
+    def advice(self, num_clients: int) -> str:
+        if self.rate is None:
+            drawn, more = "clients_per_round / number of clients", "clients_per_round"
+        else:
+            drawn, more = f"rate={self.rate:g}", "rate"
+        needed = min(1.0, 10 / max(1, num_clients))
+        return (
+            f"PoissonSampler draws each of {num_clients} clients by itself ({drawn}), so a cohort's size is random "
+            f"and may be zero. Raise {more}: with 10 clients a round on average (a rate of {needed:g}) one round in "
+            "20000 or fewer is empty. UniformSampler() draws cohorts of one size."
+        )
 
     def cohort(self, population: Population, size: int, seed: int, round: int) -> list[ClientId]:
         ids = population.client_ids()

@@ -55,6 +55,14 @@ class Sampler:
         """
         raise NotImplementedError(f"{type(self).__name__} must define cohort(population, size, seed, round).")
 
+    def advice(self, num_clients: int) -> str:
+        """Return what to do when the cohort is too small.
+
+        Args:
+            num_clients: how many clients exist.
+        """
+        return "Lower min_clients, choose more clients_per_round, or bring more clients into the population."
+
     def learn(self, plan: Plan, deliveries: Sequence[Delivery]) -> None:
         """Look at what came of a round, the same in every process; most samplers do not."""
 
@@ -85,8 +93,14 @@ class UniformSampler(Sampler):
         return [ids[index] for index in chosen]
 
 
-def require_enough(available: int, min_clients: int, round: int) -> None:
+def require_enough(available: int, min_clients: int, round: int, advice: str | None = None) -> None:
     """Raise when fewer than ``min_clients`` clients are there.
+
+    Args:
+        available: how many are there.
+        min_clients: how many are needed.
+        round: 0-based round.
+        advice: what to do instead; ``None`` says what holds for most samplers.
 
     Raises:
         NotEnoughClientsError: names the round, what is there and what is needed.
@@ -95,7 +109,7 @@ def require_enough(available: int, min_clients: int, round: int) -> None:
         raise NotEnoughClientsError(
             f"Round {round} needs min_clients={min_clients}, but only {available} "
             f"{'client is' if available == 1 else 'clients are'} available to it. "
-            "Lower min_clients, choose more clients_per_round, or bring more clients into the population."
+            f"{Sampler().advice(available) if advice is None else advice}"
         )
 
 

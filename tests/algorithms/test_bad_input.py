@@ -94,6 +94,16 @@ def test_scaffold_says_what_it_is_defined_for(option: Any, module: Any, reason: 
         run(Scaffold(option), module())
 
 
+@pytest.mark.parametrize("loop", ["auto", "lightning"])
+@pytest.mark.parametrize("algorithm", [MimeLite(0.5), APFL(0.5)], ids=lambda algorithm: type(algorithm).__name__)
+def test_mimelite_and_apfl_are_for_sgd(algorithm: Algorithm, loop: Any) -> None:
+    with pytest.raises(
+        MisconfigurationException, match=f"{type(algorithm).__name__} is defined for.*SGD.*returns Adam"
+    ):
+        run(algorithm, WithAdam(), local_loop=loop)
+    run(algorithm, Net(), local_loop=loop)
+
+
 def test_a_kept_momentum_is_no_gradient_of_this_round() -> None:
     with pytest.raises(MisconfigurationException, match=r"client_state='keep'.*started anew in each round"):
         run(Scaffold(), Net(momentum=0.9), rounds=2, client_state="keep")

@@ -38,7 +38,10 @@ from fl_lightning.types import ClientTask
         (lambda: NormClipping(0.0), "max_norm to be a finite number > 0"),
         (lambda: FLTrust(root(), num_examples=25).root_data(), "at least num_examples=25 examples, got 24"),
         (lambda: FLTrust(lambda: None).root_data(), "root data as a train loader.*got NoneType"),
-        (lambda: ALittleIsEnough(FedAvg(), []), "ids of attackers, got none"),
+        (lambda: ALittleIsEnough(FedAvg(), []), r"list of the attackers' ids, got \[\]"),
+        (lambda: ALittleIsEnough(FedAvg(), "site-1"), "list of the attackers' ids, got 'site-1'"),
+        (lambda: ALittleIsEnough(FedAvg(), ["a"], z=float("nan")), "z to be a finite number, got nan; None takes the"),
+        (lambda: ALittleIsEnough(FedAvg, ["a"]), r"the algorithm that is attacked, such as FedAvg\(\), got <class"),
         (lambda: SignFlip([]), r"list of the attackers' ids, got \[\]"),
         (lambda: SignFlip("site-1"), "list of the attackers' ids, got 'site-1'"),
         (lambda: LabelFlip(["a"]), "num_classes >= 2 or a mapping"),
@@ -87,6 +90,17 @@ def test_a_fraction_just_below_one_half_leaves_the_middle() -> None:
 def test_an_attack_on_what_it_does_not_know() -> None:
     with pytest.raises(MisconfigurationException, match="those of Scaffold contribute"):
         train(ALittleIsEnough(Scaffold(), ["site-1"]), Net())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"client_callbacks": [SignFlip(["site-1", 1])]}, {"algorithm": ALittleIsEnough(FedAvg(), ["site-1", 1], z=1.0)}],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_attackers_that_do_not_exist_are_named(arguments: Any) -> None:
+    settings = {"algorithm": FedAvg(), **arguments}
+    with pytest.warns(UserWarning, match=r"names the attackers \[1\], which are none of the 5 clients.*'site-0'"):
+        train(settings.pop("algorithm"), Net(), **settings)
 
 
 def test_labels_that_cannot_be_exchanged() -> None:

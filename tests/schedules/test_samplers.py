@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fl_lightning import FederatedTrainer
+from fl_lightning.errors import NotEnoughClientsError
 from fl_lightning.schedules import (
     FixedSampler,
     PoissonSampler,
@@ -26,6 +27,11 @@ from fl_lightning.schedules import (
 )
 
 ROUNDS = 4000
+
+
+class Nobody(Sampler):
+    def cohort(self, population: Any, size: int, seed: int, round: int) -> list[Any]:
+        return []
 
 
 class Clients:
@@ -138,6 +144,22 @@ def test_round_robin_gives_everyone_a_turn_before_anyone_has_two() -> None:
 def test_a_rate_is_a_probability(rate: float) -> None:
     with pytest.raises(MisconfigurationException, match=r"rate to be a probability in \(0, 1\], got"):
         PoissonSampler(rate)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        (PoissonSampler(1e-9), r"of 3 clients by itself \(rate=1e-09\).*may be zero. Raise rate: .*rate of 1\)"),
+        (Nobody(), r"Lower min_clients, choose more clients_per_round"),
+    ],
+)
+def test_an_empty_cohort_says_what_to_do(sampler: Sampler, message: str) -> None:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = FederatedTrainer(sampler=sampler, accelerator="cpu", enable_checkpointing=False, max_rounds=1, **quiet)
+    data = {name: DataLoader(TensorDataset(torch.zeros(2)), batch_size=2) for name in "abc"}
+    with pytest.raises(NotEnoughClientsError, match=f"only 0 clients are available to it. .*{message}"):
+        trainer.fit(Slope(), data)
+    assert "clients_per_round / number of clients" in PoissonSampler().advice(3)
 
 
 def test_sampling_by_size_needs_sizes() -> None:

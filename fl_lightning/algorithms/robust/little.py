@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fl_lightning.algorithms.base import Algorithm, State
 from fl_lightning.algorithms.robust.cohort import Block, Cohort
+from fl_lightning.callbacks.checks import finite
 from fl_lightning.types import ClientId, ClientTask, ClientUpdate, Contribution, Memory, Phase, Tree
 
 __all__ = ["ALittleIsEnough", "little_z"]
@@ -37,7 +38,8 @@ class ALittleIsEnough(Algorithm):
         omniscient: attackers know everyone's updates. Without, they know each other's, and need to be two or more.
 
     Raises:
-        MisconfigurationException: for no attacker, or an algorithm that contributes something else.
+        MisconfigurationException: for no attacker, a ``z`` that is not finite, or an algorithm that contributes
+            something else.
 
     Example:
         >>> from fl_lightning.algorithms.fedavg import FedAvg
@@ -56,12 +58,19 @@ class ALittleIsEnough(Algorithm):
     def __init__(
         self, algorithm: Algorithm, clients: Sequence[ClientId], z: float | None = None, omniscient: bool = True
     ) -> None:
+        if not isinstance(algorithm, Algorithm):
+            raise MisconfigurationException(
+                f"ALittleIsEnough expected the algorithm that is attacked, such as FedAvg(), got {algorithm!r}."
+            )
         super().__init__(algorithm.server_optimizer, algorithm.server_lr_scheduler, algorithm.weights)
-        if not clients:
-            raise MisconfigurationException("ALittleIsEnough expected ids of attackers, got none.")
+        if isinstance(clients, str) or not clients:
+            raise MisconfigurationException(
+                f"ALittleIsEnough expected a list of the attackers' ids, got {clients!r}. Write clients=[3, 7]."
+            )
         self.algorithm = algorithm
         self.clients = list(clients)
-        self.z = z
+        hint = "None takes the paper's for the size of the cohort"
+        self.z = None if z is None else finite("ALittleIsEnough", "z", z, hint)
         self.omniscient = omniscient
 
     @property
