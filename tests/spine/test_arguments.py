@@ -86,7 +86,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"evaluate_clients": 2.0}, "evaluate_clients"),
     ({"max_rounds": -2}, "max_rounds"),
     ({"max_rounds": 1.5}, "max_rounds"),
-    ({"client_overrides": {"a": {"momentum": 1}}}, r"expected any of \['batch_size', 'epochs', 'lr', 'steps', 'width'\]"),
+    (
+        {"client_overrides": {"a": {"momentum": 1}}},
+        r"expected any of \['batch_size', 'epochs', 'lr', 'steps', 'width'\]",
+    ),
     ({"client_overrides": {"a": {"epochs": 1, "steps": 1}}}, "both epochs and steps"),
     ({"client_overrides": {"a": {"lr": -1.0}}}, "> 0, got -1.0"),
     ({"strategy": "fsdp", "devices": 2}, "strategy='fsdp' shards the model"),
