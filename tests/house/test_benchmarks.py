@@ -48,6 +48,17 @@ def test_the_table_of_compression(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines[-1].split("|")) == len(lines[2].split("|")) == 8
 
 
+def test_what_is_meant_for_smaller_models_is_measured_at_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "chain(Eigenbasis(), DeadZone(step=4.0))"
+    monkeypatch.setitem(compression.SIZES, name, 9000)
+    arguments = ["--parameters", "10000", "--turns", "1", "--batch_size", "2", "--transforms", name]
+    for more, start in (([], f"| `{name}` at 9,000 | "), (["--whole"], f"| `{name}` | ")):
+        compression.main([*arguments, *more])
+        assert capsys.readouterr().out.splitlines()[-1].startswith(start)
+
+
 def test_a_day_of_devices(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["devices", "--devices", "300", "--cohort", "5", "--pace", "7200"])
     monkeypatch.setattr(devices.Timed, "seconds", [])
