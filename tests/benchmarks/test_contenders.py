@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -30,15 +28,6 @@ from benchmarks.workloads import WORKLOADS
 SMALL = replace(WORKLOADS["W1"], num_clients=12, cohort=4)
 CONTENDERS: dict[str, Contender] = {table.BASELINE: by_hand, "leanest": leanest}
 CONTENDERS.update({name: ours(**arguments) for name, arguments in LOOPS.items()})
-
-
-@pytest.fixture(autouse=True)
-def loggers() -> Iterator[None]:
-    """A contender silences Lightning for its process, which here is that of the other tests too."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 def test_all_contenders_do_the_same_steps_and_learn(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -14,16 +13,6 @@ from benchmarks.scale import __main__ as command
 from benchmarks.scale import programs
 from benchmarks.scale.costs import client, evaluation, outer, workers
 from benchmarks.scale.growth import large, population, resume, rounds
-
-
-@pytest.fixture(autouse=True)
-def loggers() -> Iterator[None]:
-    """A measurement silences Lightning for its process, which here is that of the other tests too."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    yield
-    logger.setLevel(level)
-
 
 TINY: dict[str, tuple[Callable[[int], dict[str, float]], int]] = {
     "population": (population, 50),
