@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping
 
 from benchmarks.papers.rows import Row
-from benchmarks.papers.training import WithoutTrainingMetrics, draw, federate
+from benchmarks.papers.training import WithoutTrainingMetrics, add_resume, draw, federate
 from fl_lightning import IID, FedAvg, FederatedDataModule, Shards
 from fl_lightning.data import MNISTDataModule
 from fl_lightning.models import FedAvg2NN, FedAvgCNN
@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, help="instead of the entry's own, to look at others of a grid")
     parser.add_argument("--rounds", type=int, help="stop earlier than one round after the published number")
+    add_resume(parser)
 
 
 def run(options: argparse.Namespace) -> list[Row]:
@@ -99,8 +100,7 @@ def _entry(options: argparse.Namespace, entry: str, split: str) -> Row:
     trainer = federate(
         setting.model(lr=lr), data, FedAvg(), options.output / "mnist", f"{entry} {split} lr {lr} seed {options.seed}",
         options.seed, max_rounds=limit, clients_per_round=10, local_epochs=setting.epochs, num_lanes=1,
-        callbacks=[target],
-        local_loop=options.local_loop,
+        memory_format="channels_last", callbacks=[target], local_loop=options.local_loop, resumes=options.resume,
     )  # fmt: skip
     minutes = (time.perf_counter() - begin) / 60
     curve = [report.metrics["val_acc"] for report in trainer.round_history]

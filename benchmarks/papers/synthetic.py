@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.papers.rows import Row
 from benchmarks.papers.stragglers import PartialWork, Plan
-from benchmarks.papers.training import WithoutTrainingMetrics, draw, federate
+from benchmarks.papers.training import WithoutTrainingMetrics, add_resume, draw, federate
 from fl_lightning import FedAvg
 from fl_lightning.algorithms import Algorithm
 from fl_lightning.data.synthetic import SyntheticDataModule
@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2, help="runs, each with a seed of data, cohorts and weights")
     parser.add_argument("--first_seed", type=int, default=0, help="the seeds count from here")
+    add_resume(parser)
 
 
 def run(options: argparse.Namespace) -> list[Row]:
@@ -85,7 +86,7 @@ def _setting(options: argparse.Namespace, name: str, slow: float) -> list[Row]:
             trainer = federate(
                 Module(60, 10, lr=0.01), data, algorithm, options.output / "synthetic",
                 f"({name}) {slow:.0%} {label} seed {seed}", seed, max_rounds=options.rounds, local_epochs=20,
-                sampler=FixedSampler(cohorts), callbacks=[TrainingLoss(data)], local_loop=options.local_loop,
+                sampler=FixedSampler(cohorts), callbacks=[TrainingLoss(data)], local_loop=options.local_loop, resumes=options.resume,
             )  # fmt: skip
             accuracy, loss = ([r.metrics[key] for r in trainer.round_history] for key in ("val_acc", "objective"))
             curves[f"{label}, seed {seed}"] = accuracy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,13 @@ from typing import Any
 import lightning
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fl_lightning import FederatedTrainer
 from fl_lightning.algorithms import Algorithm
 
-__all__ = ["WithoutTrainingMetrics", "draw", "federate", "silence"]
+__all__ = ["WithoutTrainingMetrics", "add_resume", "draw", "federate", "silence"]
 
 
 class WithoutTrainingMetrics(pl.LightningModule):
@@ -28,7 +30,15 @@ class WithoutTrainingMetrics(pl.LightningModule):
 
 
 def federate(
-    module: pl.LightningModule, data: Any, algorithm: Algorithm, folder: Path, label: str, seed: int, **arguments: Any
+    module: pl.LightningModule,
+    data: Any,
+    algorithm: Algorithm,
+    folder: Path,
+    label: str,
+    seed: int,
+    resumes: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **arguments: Any,
 ) -> FederatedTrainer:
     """Train from a seed and return the trainer, whose ``round_history`` is the curve.
 
@@ -39,23 +49,34 @@ def federate(
         folder: of the experiment; the curve goes into ``folder/label``.
         label: names the run in TensorBoard.
         seed: of cohorts, weights and batches.
+        resumes: keep a checkpoint of the last round in the curve's folder, and go on from one that is there: an
+            experiment of hours may be stopped at any time.
+        callbacks: of the federation.
         arguments: of ``FederatedTrainer``.
     """
     lightning.seed_everything(seed, verbose=False)
     module.apply(_draw_again)
+    checkpoints = folder / label / "checkpoints"
+    keeper = [ModelCheckpoint(dirpath=checkpoints)] if resumes else []
     trainer = FederatedTrainer(
         algorithm=algorithm,
         accelerator="cpu",
         num_threads=1,
         logger=TensorBoardLogger(folder.parent, name=folder.name, version=label),
         log_clients=False,
-        enable_checkpointing=False,
+        enable_checkpointing=resumes,
         enable_progress_bar=False,
         enable_model_summary=False,
+        callbacks=[*callbacks, *keeper],
         **arguments,
     )
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path="last" if resumes and any(checkpoints.glob("*.ckpt")) else None)
     return trainer
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """Let an experiment of hours go on where it was stopped."""
+    parser.add_argument("--resume", action="store_true", help="keep checkpoints, and go on from those of a stopped run")
 
 
 def _draw_again(part: torch.nn.Module) -> None:

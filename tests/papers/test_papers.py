@@ -178,3 +178,28 @@ def test_every_experiment_has_its_options() -> None:
     options: argparse.Namespace = parser().parse_args(["mnist", "--data_dir", "x", "--entries", "cnn"])
     assert options.splits == ["iid", "shards"]
     assert set(quadratics.__all__) <= set(dir(quadratics))
+
+
+def test_an_experiment_goes_on_where_it_was_stopped() -> None:
+    data = synthetic.Data(iid=True, seed=0)
+    cohorts = FixedSampler([data.client_ids()[:2]])
+
+    def curve(label: str, rounds: int, resumes: bool) -> list[float]:
+        trainer = federate(
+            synthetic.Module(60, 10, lr=0.01), data, FedAvg(), Path("logs"), label, 0, resumes=resumes,
+            callbacks=[synthetic.TrainingLoss(data)], sampler=cohorts, max_rounds=rounds, local_steps=2,
+        )  # fmt: skip
+        assert trainer.fit_loop.epoch_progress.current.completed == rounds
+        return [report.metrics["objective"] for report in trainer.round_history]
+
+    whole = curve("whole", 3, resumes=False)
+    assert curve("parts", 1, resumes=True) == whole[:1]
+    assert curve("parts", 3, resumes=True) == whole
+    assert curve("parts", 3, resumes=True) == whole  # what is at its end stays there
+    assert not list(Path("logs/whole").glob("checkpoints/*"))
+    assert len(list(Path("logs/parts").glob("events*"))) == 3
+
+
+def test_resume_is_an_option_of_the_long_experiments() -> None:
+    assert parser().parse_args(["mnist", "--data_dir", "here", "--resume"]).resume
+    assert not parser().parse_args(["synthetic"]).resume
