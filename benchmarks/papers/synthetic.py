@@ -86,7 +86,8 @@ def _setting(options: argparse.Namespace, name: str, slow: float) -> list[Row]:
             trainer = federate(
                 Module(60, 10, lr=0.01), data, algorithm, options.output / "synthetic",
                 f"({name}) {slow:.0%} {label} seed {seed}", seed, max_rounds=options.rounds, local_epochs=20,
-                sampler=FixedSampler(cohorts), callbacks=[TrainingLoss(data)], local_loop=options.local_loop, resumes=options.resume,
+                sampler=FixedSampler(cohorts), callbacks=[TrainingLoss(data)],
+                local_loop=options.local_loop, resumes=options.resume,
             )  # fmt: skip
             accuracy, loss = ([r.metrics[key] for r in trainer.round_history] for key in ("val_acc", "objective"))
             curves[f"{label}, seed {seed}"] = accuracy
