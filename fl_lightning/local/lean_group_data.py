@@ -33,6 +33,11 @@ class Member:
             return sizes[: max(0, work.steps - epoch * len(sizes))]
         return sizes if epoch < (work.epochs or 0) else []
 
+    def num_steps(self) -> int:
+        """Return how many steps the client makes, in all epochs."""
+        work, steps = self.job.task.work, len(self.batches.sizes())
+        return work.steps if work.steps is not None else steps * (work.epochs or 0)
+
     def num_bytes(self) -> int:
         """Return the size of the client's examples."""
         examples = len(self.batches.sampler)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
@@ -15,13 +16,16 @@ from fl_lightning.callbacks.base import GradientCorrection
 from fl_lightning.local.lean_client import Facts
 from fl_lightning.local.settings import LocalSettings
 
-__all__ = ["cannot_group", "chunks", "group_size"]
+__all__ = ["cannot_group", "chunks", "group_size", "too_long"]
 
 _CONVOLUTIONS = (nn.modules.conv._ConvNd, nn.RNNBase)
 _SMALL, _MEDIUM = 20_000, 300_000
 """Parameters of a module. Offline, on one CPU thread, against the lean loop with one client at a time: a logistic
 regression with 610 parameters gains most with all clients of a lane at once, an MLP with 199,210 half as much again
 with 16 at a time and nothing with 4, a CNN with 1,663,370 loses (its convolutions become grouped ones)."""
+_TICK, _OPEN = 4, 8
+"""In steps of a client alone, measured like the sizes above: what one step of a group takes, and what a client that
+trains by itself takes more than one in a group before and after its steps."""
 _MEMORY = 64 * 2**20
 """Bytes of examples in a group, and of what their steps keep for the backward pass."""
 
@@ -120,3 +124,26 @@ def chunks(kinds: Sequence[object], num_bytes: Sequence[int], limit: int = _MEMO
         found[kind][-1].append(position)
         held[kind] += size
     return [chunk for some in found.values() for chunk in some]
+
+
+def too_long(steps: Sequence[int]) -> int:
+    r"""Return how many of the clients with the most steps train alone, so that the others need not wait for them.
+
+    A group makes as many steps as its longest client, however few clients go on to the end. From the longest to the
+    shortest, the first ``j`` alone and the others together take :math:`\sum_{i \le j} (s_i + o) + t\,s_{j+1}`, of
+    which this is the smallest: a step of a group takes the time of ``t``, and a client alone ``o`` beside its steps.
+
+    Args:
+        steps: of the clients, all epochs together, in any order.
+
+    Example:
+        >>> too_long([10] * 8), too_long([10] * 8 + [500])
+        (0, 1)
+        >>> too_long([300, 200, 150])  # together they would take as long as four times 300 steps
+        3
+    """
+    falling = sorted(steps, reverse=True)
+    alone = list(accumulate((s + _OPEN for s in falling), initial=0))
+    costs = {j: alone[j] + _TICK * longest for j, longest in enumerate(falling[:-1])}
+    costs[len(falling)] = alone[-1]
+    return min(costs, key=costs.__getitem__)

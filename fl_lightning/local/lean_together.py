@@ -18,7 +18,7 @@ from fl_lightning.local.lean_data import TensorBatches, batches_of
 from fl_lightning.local.lean_group import Group
 from fl_lightning.local.lean_group_data import Member
 from fl_lightning.local.lean_group_linear import CannotFuse
-from fl_lightning.local.lean_grouping import chunks
+from fl_lightning.local.lean_grouping import chunks, too_long
 from fl_lightning.local.lean_stack import CannotGroup
 from fl_lightning.local.lean_trainer import NeedsResults, NotPlain, NotThisClient
 from fl_lightning.local.lightning_loop import ClientRun
@@ -73,11 +73,19 @@ class Together:
             positions, found = list(members), list(members.values())
             sizes = [member.num_bytes() + self._batch_bytes(member) for member in found]
             for chunk in chunks([member.key() for member in found], sizes):
-                together = [positions[i] for i in chunk]
+                together = [positions[i] for i in self._fitting(chunk, found)]
                 if len(together) > 1 and self.reason is None:
                     outcomes = self._train([members[position] for position in together])
                     done.update(zip(together, outcomes, strict=False))
         return done
+
+    def _fitting(self, chunk: list[int], found: Sequence[Member]) -> list[int]:
+        """Return those of a chunk that are worth a group; whoever asks for a ``group_size`` gets it."""
+        if self.loop.settings.group_size != "auto":
+            return chunk
+        steps = {i: found[i].num_steps() for i in chunk}
+        alone = sorted(chunk, key=lambda i: -steps[i])[: too_long([*steps.values()])]
+        return [i for i in chunk if i not in alone]
 
     def _member(self, job: Job) -> Member | None:
         """Open a client for a group, or return ``None`` when it has to train by itself."""

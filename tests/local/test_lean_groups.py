@@ -39,7 +39,7 @@ from fl_lightning.algorithms.fednova import FedNova
 from fl_lightning.algorithms.fedprox import FedProx
 from fl_lightning.algorithms.scaffold import Scaffold
 from fl_lightning.callbacks import GradientClip, GradientNoise
-from fl_lightning.local import lean_together
+from fl_lightning.local import lean_grouping, lean_together
 from fl_lightning.local.choice import choose_loop
 from fl_lightning.local.job import Job
 from fl_lightning.local.lean_loop import LeanLoop
@@ -329,3 +329,46 @@ def test_the_examples_of_a_group_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
     assert_alike(alone, group)
     assert sizes == [2, 2, 2, 2]
     assert loop.together.reason is None
+
+
+def test_nobody_waits_for_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[list[Any]] = []
+    init = lean_together.Group.__init__
+
+    def spy(self: Any, facts: Any, members: Any, *arguments: Any, **more: Any) -> None:
+        groups.append([member.job.task.client_id for member in members])
+        init(self, facts, members, *arguments, **more)
+
+    monkeypatch.setattr(lean_together.Group, "__init__", spy)
+    sizes = [10, 10, 100, 10, 10, 8, 10]  # batches of 5
+
+    def jobs(broadcast: dict[str, Any]) -> list[Job]:
+        return [job(broadcast, lambda n=n, k=k: loader(n, 9 * k), f"c{k}") for k, n in enumerate(sizes)]
+
+    alone, auto, loop = together(Plain(linear()), jobs, size="auto")
+    assert_alike(alone, auto)
+    assert groups[-1] == ["c0", "c1", "c3", "c4", "c5", "c6"]
+    assert loop.together.reason is None
+    assert auto[2].update is not None
+    assert alone[2].update is not None
+    for name, delta in alone[2].update.delta.items():
+        assert torch.equal(delta, auto[2].update.delta[name]), "who trains alone has the bits of LightningLoop"
+    groups.clear()
+    together(Plain(linear()), jobs, size=7)
+    assert groups[-1] == [f"c{k}" for k in range(7)], "who asks for a size gets it"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_who_is_too_long_is_the_cheapest_choice(seed: int) -> None:
+    steps = torch.randint(1, 200, (1 + seed % 9,), generator=torch.Generator().manual_seed(seed)).tolist()
+    tick, opens = lean_grouping._TICK, lean_grouping._OPEN
+
+    def cost(grouped: set[int]) -> int:
+        alone = sum(s + opens for i, s in enumerate(steps) if i not in grouped)
+        return alone + (tick * max(steps[i] for i in grouped) if grouped else 0)
+
+    positions = range(len(steps))
+    every = [{i for i in positions if mask >> i & 1} for mask in range(2 ** len(steps))]
+    least = min(cost(grouped) for grouped in every if len(grouped) != 1)
+    longest = sorted(positions, key=lambda i: -steps[i])
+    assert cost(set(longest[lean_grouping.too_long(steps) :])) == least

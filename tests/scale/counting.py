@@ -30,9 +30,9 @@ def of_a_step_and_a_client(loop: str, logs: bool) -> tuple[float, float]:
 
 def of_groups() -> tuple[float, float]:
     """Return the calls for a step of a group, whatever its size, and for one client more in it."""
-    pairs = of_a_fit("lean", 16, 4, group_size="auto")  # two clients in each of eight lanes
-    step = (of_a_fit("lean", 16, 12, group_size="auto") - pairs) / (8 * 8)
-    return step, (of_a_fit("lean", 48, 4, group_size="auto") - pairs) / 32
+    pairs = of_a_fit("lean", 16, 4, group_size=16)  # two clients in each of eight lanes
+    step = (of_a_fit("lean", 16, 12, group_size=16) - pairs) / (8 * 8)
+    return step, (of_a_fit("lean", 48, 4, group_size=16) - pairs) / 32
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     for loop in LOOPS:  # what a process does once (imports, caches) belongs to no step
         fit(Clients(range(2)), local_loop=loop, group_size=1)
     counts = {f"{loop} {logs}": of_a_step_and_a_client(loop, logs) for loop in LOOPS for logs in (False, True)}
-    fit(Clients(range(16)), group_size="auto")
+    fit(Clients(range(16)), group_size=16)
     counts["groups True"] = of_groups()
     rounds = [of_a_fit("lean", 1, 1, max_rounds=n) for n in (2, 12, 22)]
     print(json.dumps({"counts": counts, "rounds": rounds}))
