@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 Array: TypeAlias = NDArray[Any]
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 """Elements that are worked on at once; a multiple of every power of two up to itself."""
 
 
@@ -98,6 +98,14 @@ def _narrowed(codes: Array, bits: int) -> Array:
     """Join neighbours in words of twice the width, until eight codes share a word or a byte is full."""
     if bits == 1:
         return np.packbits(codes, bitorder="little")
+    if 8 % bits == 0:  # one product moves each code to its place in the uppermost byte, and nothing else reaches it
+        width = 64 // bits
+        words = codes.view(f"<u{width // 8}")
+        factor = sum(1 << (width - 8) - (8 - bits) * index for index in range(8 // bits))
+        words = words * words.dtype.type(factor)
+        words >>= words.dtype.type(width - 8)
+        bytewise: Array = words.astype(np.uint8)
+        return bytewise
     held, words = bits, codes
     for width in (16, 32, 64):
         words = words.view(f"<u{width // 8}")
@@ -124,7 +132,11 @@ def _widened(data: Array, bits: int) -> Array:
     while width > 8:
         held = bits * width // 16  # in each half
         low, word = (1 << held) - 1, words.dtype.type
-        words = (words & word(low)) | ((words << word(width // 2 - held)) & word(low << width // 2))
+        if 8 % bits == 0:  # what is shifted does not meet the lower codes
+            words |= words << word(width // 2 - held)
+            words &= word(low | low << width // 2)
+        else:
+            words = (words & word(low)) | ((words << word(width // 2 - held)) & word(low << width // 2))
         width //= 2
         words = words.view(f"<u{width // 8}")
     return words

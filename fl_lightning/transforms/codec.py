@@ -17,7 +17,7 @@ from fl_lightning.wire import WireError, pack, text_length, unpack
 
 __all__ = ["Codec", "PackedSize"]
 
-_FORMAT = 2
+_FORMAT = 3
 _EXACT = frozenset({"buffers"})
 """Trees that no transform sees: a mean of running statistics that lost elements is no statistic."""
 _SLACK = 1 << 20

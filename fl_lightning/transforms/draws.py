@@ -76,23 +76,34 @@ class Dither:
     any sum of it, are those of independent thresholds; only products of three or more could tell the difference.
     Drawing ten million numbers anew takes as long as everything else in quantisation.
 
+    What is combined are the bits behind the point of float32 between ``base`` and ``base + 1``, so that no threshold
+    is ever converted. Where there is a bit left, thresholds stand in the middle of their part of ``2 ** -bits``.
+
     Args:
         draws: where the numbers come from.
         bits: of a threshold, 1 to 16.
+        base: what is added to thresholds in [0, 1), a power of two of at least one; it leaves 23 bits behind the point
+            of one, 22 behind that of two, and so on.
+        most: the largest number of elements that will come; it bounds the table, which has ``CHUNK`` at most.
 
     Example:
-        >>> thresholds = Dither(Draws(0), bits=8)
-        >>> out = np.empty(4, np.int32)
+        >>> thresholds = Dither(Draws(0), bits=8, base=4)
+        >>> out = np.empty(4, np.float32)
         >>> thresholds.fill(out)
-        >>> bool(0 <= out.min() <= out.max() < 256)
+        >>> bool(4 <= out.min() <= out.max() < 5)
         True
     """
 
-    def __init__(self, draws: Draws, bits: int) -> None:
-        self._draws, self._shift = draws, np.int32(16 - bits)
-        self._table = draws.shorts(CHUNK).astype(np.int32) >> self._shift
+    def __init__(self, draws: Draws, bits: int, base: int = 1, most: int = CHUNK) -> None:
+        behind = 24 - base.bit_length()
+        self._draws, self._bits, self._place = draws, bits, behind - bits
+        middle = 1 << (self._place - 1) if self._place else 0
+        fixed = int(np.float32(base).view(np.int32)) | middle
+        self._table = (
+            (draws.shorts(min(most, CHUNK)).astype(np.int32) >> np.int32(16 - bits)) << self._place
+        ) | np.int32(fixed)
 
     def fill(self, out: Array) -> None:
-        """Write the thresholds of the next elements, at most ``CHUNK`` of them, into an int32 array."""
-        constant = np.int32(self._draws.shorts(1)[0]) >> self._shift
-        np.bitwise_xor(self._table[: len(out)], constant, out=out)
+        """Write base and the thresholds of the next elements, at most ``CHUNK`` of them, into a float32 array."""
+        constant = np.int32(int(self._draws.shorts(1)[0]) >> (16 - self._bits) << self._place)
+        np.bitwise_xor(self._table[: len(out)], constant, out=out.view(np.int32))

@@ -15,7 +15,7 @@ from fl_lightning.transforms.base import Exchange, Transform, TreeTransform
 from fl_lightning.transforms.bits import Array, pack_bits, unpack_bits
 from fl_lightning.transforms.draws import Draws
 from fl_lightning.transforms.errors import PayloadError
-from fl_lightning.transforms.rotation import Rotation
+from fl_lightning.transforms.rotation import BLOCK, Rotation
 from fl_lightning.transforms.vectors import as_tensor, bytes_of, flat, sealed_array
 from fl_lightning.types import Memory, Tree
 
@@ -63,7 +63,7 @@ class Eden(TreeTransform):
 
     def encode_tree(self, tree: Tree, exchange: Exchange, memory: Memory) -> tuple[Tree, Any, Memory | None]:
         arrays, draws = flat(tree), exchange.draws()
-        rotation = Rotation(draws)
+        rotation = Rotation(draws, max(map(len, arrays), default=0))
         codes = np.empty(sum(_num_codes(len(array)) for array in arrays), np.uint8)
         sums, place = [(np.zeros(0),) * 3], 0
         for array in arrays:
@@ -84,25 +84,30 @@ class Eden(TreeTransform):
         sizes = [tensor.numel() for tensor in template.values()]
         num_scales = sum(shape[1] for size in sizes for _, shape in Rotation.pieces(size))
         scales = _long(sealed_array(sealed[0], num_scales, torch.int16))
-        codes = unpack_bits(bytes_of(sealed[1]), self.bits, sum(map(_num_codes, sizes)))
-        rotation, levels = Rotation(exchange.draws()), torch.from_numpy(lloyd_max(self.bits))
+        num_codes = sum(map(_num_codes, sizes))
+        rotation, packed = Rotation(exchange.draws(), max(sizes, default=0)), bytes_of(sealed[1])
+        codes = unpack_bits(packed, self.bits, num_codes) if self.bits > 1 else _checked(packed, num_codes)
         tree: dict[str, Tensor] = {}
         first = place = 0
         for (name, like), size in zip(template.items(), sizes, strict=True):
             dense = np.empty(size, np.float32)
             for (begin, end), shape in Rotation.pieces(size):
-                code = torch.from_numpy(codes[place : place + math.prod(shape)])
-                level, scale = rotation.blank(shape), scales[first : first + shape[1], None]
-                if self.bits == 1:  # plus and minus one are faster than a table, and the scale has the rest
-                    level.copy_((2 * code - 1).view(torch.int8).view(shape))
-                    level *= scale * levels[1]
+                num, scale, out = math.prod(shape), scales[first : first + shape[1]], dense[begin:end]
+                if self.bits == 1 and place % 8 == 0 and num == end - begin and num % BLOCK == 0:
+                    one = float(lloyd_max(1)[1])
+                    rotation.undo_signs(packed[place // 8 : (place + num) // 8], scale.numpy() * one, shape, out)
                 else:
-                    torch.index_select(levels, 0, code.int(), out=level.view(-1))
-                    level *= scale
-                dense[begin:end] = rotation.undo(shape)[: end - begin]
-                first, place = first + shape[1], place + len(code)
+                    code = codes[place : place + num] if self.bits > 1 else _bits(packed, place, num)
+                    self._levels(code, scale, rotation.blank(shape))
+                    rotation.undo(shape, out)
+                first, place = first + shape[1], place + num
             tree[name] = torch.from_numpy(dense).reshape(like.shape).to(like.dtype)
         return tree
+
+    def _levels(self, codes: Array, scales: Tensor, out: Tensor) -> None:
+        levels, code = torch.from_numpy(lloyd_max(self.bits)), torch.from_numpy(codes)
+        torch.index_select(levels, 0, code.int(), out=out.view(-1))
+        out *= scales[:, None]
 
     def contraction(self) -> Transform:
         return Eden(self.bits, unbiased=False)
@@ -134,6 +139,18 @@ def _sums(values: Array) -> Array:
 
 def _num_codes(size: int) -> int:
     return sum(math.prod(shape) for _, shape in Rotation.pieces(size))
+
+
+def _checked(packed: Array, num: int) -> Array:
+    if len(packed) != -(-num // 8):
+        raise PayloadError(f"expected {-(-num // 8)} bytes for {num} codes of 1 bit, got {len(packed)}")
+    return packed
+
+
+def _bits(packed: Array, begin: int, num: int) -> Array:
+    """Return some of many bits."""
+    few = np.unpackbits(packed[begin // 8 : -(-(begin + num) // 8)], bitorder="little")
+    return few[begin % 8 : begin % 8 + num]
 
 
 def _short(scales: Array, draws: Draws) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -95,7 +96,7 @@ class Eigenbasis(Transform):
         for key, tree in contribution.trees.items():
             parts = [self._turned(name, tensor.detach().cpu(), public, back=False) for name, tensor in tree.items()]
             values = torch.cat([part.reshape(-1).to(common_dtype(tree)) for part in parts])
-            trees[key] = {"": values[torch.from_numpy(_order(tree, public))]}
+            trees[key] = {"": torch.from_numpy(np.take(values.numpy(), _order(tree, public)))}
         return Payload(Contribution(trees, dict(contribution.scalars)), {}), None
 
     def decode(self, payload: Payload, exchange: Exchange, template: Template) -> Contribution:
@@ -104,8 +105,8 @@ class Eigenbasis(Transform):
             values = payload.contribution.trees.get(key, {}).get("")
             if values is None or values.shape != (num_elements(like),):
                 raise PayloadError(f"expected {num_elements(like)} values of {key!r}")
-            unsorted = torch.empty_like(values)
-            unsorted[torch.from_numpy(_order(like, public))] = values
+            unsorted, sent = torch.zeros_like(values), np.flatnonzero(values.numpy())
+            unsorted.numpy()[_order(like, public)[sent]] = values.numpy()[sent]
             parts = torch.split(unsorted, [tensor.numel() for tensor in like.values()])
             trees[key] = {
                 name: self._turned(name, part.reshape(tensor.shape), public, back=True).to(tensor.dtype)
@@ -118,12 +119,12 @@ class Eigenbasis(Transform):
         if rows is None and columns is None:
             return tensor
         matrix = tensor.reshape(tensor.shape[0], -1)
+        if back:
+            return _turned_back(matrix, rows, columns).reshape(tensor.shape)
         if rows is not None:
-            basis = rows.to(matrix)
-            matrix = (basis if back else basis.T) @ matrix
+            matrix = rows.to(matrix).T @ matrix
         if columns is not None:
-            basis = columns.to(matrix)
-            matrix = matrix @ (basis.T if back else basis)
+            matrix = matrix @ columns.to(matrix)
         return matrix.reshape(tensor.shape)
 
     # ---- server half -------------------------------------------------------------------------------------------
@@ -155,10 +156,10 @@ class Eigenbasis(Transform):
     def _grams(self, tensor: Tensor, power: float) -> dict[str, Tensor]:
         if not power > 0:
             return {}
-        matrix = tensor.double().reshape(tensor.shape[0] if tensor.ndim else 1, -1)
-        sides = self._sides(tensor)
-        products = {"rows": lambda: matrix @ matrix.T, "columns": lambda: matrix.T @ matrix}
-        return {side: products[side]() / power for side in sides}
+        # scaled before the square of 1e30 overflows float32, which is enough for bases that travel in float16
+        matrix = (tensor.double() / math.sqrt(power)).float().reshape(tensor.shape[0] if tensor.ndim else 1, -1)
+        sides = {"rows": matrix, "columns": matrix.T}
+        return {side: _gram(sides[side]).double() for side in self._sides(tensor)}
 
     def _sides(self, tensor: Tensor) -> list[str]:
         if tensor.ndim < 2 or not tensor.numel():
@@ -181,10 +182,37 @@ def _order(tree: Tree, public: Tree) -> Array:
                 if own is not None:
                     grid *= (own / own.mean().clamp(min=1e-30)).cpu().numpy().reshape(shape)
         expected.append(size)
-    # the upper half of a positive float32 grows with it, and is short enough to be sorted without comparing
-    short = (np.concatenate(expected).view(np.uint32) >> 16).astype(np.uint16)
-    order: Array = np.argsort(np.uint16(0xFFFF) - short, kind="stable")
+    # the upper bits of a positive float32 grow with it: four steps for each power of two, 64 powers below the largest.
+    # So few kinds are sorted in one pass and without comparing
+    steps = np.concatenate(expected).view(np.int32) >> 21
+    order: Array = np.argsort(np.minimum(steps.max(initial=0) - steps, 255).astype(np.uint8), kind="stable")
     return order
+
+
+def _turned_back(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Return ``rows @ matrix @ columns.T``; where most rows or columns are zeros, these are left out of the products."""
+    filled = matrix != 0
+    if rows is not None:
+        rows, matrix = _without_zeros(rows.to(matrix), matrix, filled.any(dim=1), 0)
+    if columns is not None:
+        columns, matrix = _without_zeros(columns.to(matrix), matrix, filled.any(dim=0), 1)
+        matrix = matrix @ columns.T
+    return matrix if rows is None else rows @ matrix
+
+
+def _without_zeros(basis: Tensor, matrix: Tensor, filled: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    if 4 * int(filled.sum()) > 3 * len(filled):  # copying what is left would take longer than it saves
+        return basis, matrix
+    kept = torch.nonzero(filled)[:, 0]
+    return basis.index_select(1, kept), matrix.index_select(dim, kept)
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """Return the matrix times its transpose; NumPy computes one half of it."""
+    if matrix.device.type != "cpu":
+        return matrix @ matrix.T
+    array = np.ascontiguousarray(matrix.numpy())
+    return torch.from_numpy(array @ array.T)
 
 
 def _device(model: Tree) -> torch.device:

@@ -81,15 +81,22 @@ class Quantize(TreeTransform):
 
     def encode_tree(self, tree: Tree, exchange: Exchange, memory: Memory) -> tuple[Tree, Any, Memory | None]:
         arrays = flat(tree)
-        codes = np.empty(sum(map(len, arrays)), np.uint8 if self.bits <= 8 else np.uint16)
-        levels = Levels(self.bits, exchange.draws() if self.stochastic else None)
-        scales = [np.zeros(0, np.float32), *map(self._scales, arrays)]
-        place = 0
-        for array, scale in zip(arrays, scales[1:], strict=True):
+        num = sum(map(len, arrays))
+        codes = np.zeros(
+            -(-num // 8) * 8, np.uint8 if self.bits <= 8 else np.uint16
+        )  # whole groups for what packs them
+        levels = Levels(self.bits, exchange.draws() if self.stochastic else None, num)
+        scales, place = [np.zeros(0, np.float32)], 0
+        for array in arrays:
+            # a scale of a block that fits in the cache is found when its elements are there anyway
+            scale = self._scales(array) if (self.block or len(array)) > CHUNK else None
             for elements, own in self._pieces(len(array)):
                 piece = array[elements]
-                levels.round(piece, scale[own], codes[place : place + len(piece)])
+                found = self._scales(piece) if scale is None else scale[own]
+                levels.round(piece, found, codes[place : place + len(piece)])
+                scales += [] if scale is not None else [found]
                 place += len(piece)
+            scales += [] if scale is None else [scale]
         return {}, [as_tensor(np.concatenate(scales)), as_tensor(pack_bits(codes, self.bits))], None
 
     def decode_tree(self, opened: Tree, sealed: Any, exchange: Exchange, template: Tree) -> Tree:
@@ -99,7 +106,7 @@ class Quantize(TreeTransform):
         scales = sealed_array(sealed[0], sum(map(self._num_scales, sizes)), torch.float32)
         codes = unpack_bits(bytes_of(sealed[1]), self.bits, num_elements(template))
         tree: dict[str, Tensor] = {}
-        levels, first, place = Levels(self.bits, None), 0, 0
+        levels, first, place = Levels(self.bits, None, max(sizes, default=0)), 0, 0
         for (name, like), size in zip(template.items(), sizes, strict=True):
             dense, scale = np.empty(size, np.float32), scales[first : first + self._num_scales(size)]
             for elements, own in self._pieces(size):
@@ -139,6 +146,10 @@ class Quantize(TreeTransform):
         lengths = found.copy()
         for elements, own in self._pieces(len(array)):
             rows = array[elements].reshape(own.stop - own.start, -1)
+            if self.norm == "max" and len(rows) == 1 and (self.bits > 1 or self.stochastic):
+                low, high = torch.aminmax(torch.from_numpy(rows))  # both in one pass
+                found[own] = np.maximum(found[own], max(float(high), -float(low)))
+                continue
             if self.bits == 1 and not self.stochastic:
                 found[own] += np.abs(rows).sum(axis=1, dtype=np.float64)
                 lengths[own] += rows.shape[1]

@@ -95,12 +95,14 @@ def test_thresholds_are_uniform_and_any_two_are_independent() -> None:
     """Also those of different pieces at the same place, which come from the same entry of the table."""
     trials, pairs = 4000, []
     for seed in range(trials):
-        thresholds, out = Dither(Draws(seed), bits=2), np.empty(3, np.int32)
+        thresholds, out = Dither(Draws(seed), bits=2, base=8), np.empty(3, np.float32)
         thresholds.fill(out)
         first = out.copy()
         thresholds.fill(out)
         pairs.append((*first[:2], *out[:2]))
-    found = np.array(pairs)
+    parts = 4 * (np.array(pairs, np.float64) - 8) - 0.5  # thresholds stand in the middle of parts
+    found = parts.astype(np.int64)
+    assert np.array_equal(found, parts)
     assert found.min() == 0
     assert found.max() == 3
     for one, other in ((0, 1), (0, 2), (1, 2), (0, 3), (2, 3)):
@@ -118,14 +120,15 @@ def test_the_mean_of_a_rounded_value_is_exact_to_the_resolution_of_the_threshold
 
     class All:
         def fill(self, out: np.ndarray) -> None:
-            out[:] = self.threshold
+            # in the middle of a part, unless float32 has no bit left for that
+            out[:] = 2 ** (bits - 1) + (self.threshold + (0.5 if bits + fraction < 24 else 0)) / num
 
-    levels, every, codes = Levels(bits, Draws(0)), All(), np.empty(len(values), np.uint16)
+    levels, every, codes = Levels(bits, Draws(0)), All(), np.empty(len(values), np.uint8 if bits <= 8 else np.uint16)
     levels._dither = every  # type: ignore[assignment]
     out = np.empty(len(values), np.float32)
     for every.threshold in range(num):
         levels.round(values, np.ones(1, np.float32), codes)
-        levels.values(codes.astype(np.uint8) if bits <= 8 else codes, np.ones(1, np.float32), out)
+        levels.values(codes, np.ones(1, np.float32), out)
         sums += out
     step = 2 if bits == 1 else 1 / levels.steps
     assert np.abs(sums / num - values).max() <= step / num / 2 + 1e-6

@@ -150,7 +150,7 @@ def test_a_payload_for_something_else_is_refused() -> None:
             receiver.decode(data, task())
     message = unpack(data)
     message[0] = 99
-    with pytest.raises(PayloadError, match=r"expected format 2, got 99"):
+    with pytest.raises(PayloadError, match=r"expected format 3, got 99"):
         own.decode(pack(message), task())
 
 
