@@ -190,7 +190,7 @@ def _order(tree: Tree, public: Tree) -> Array:
 
 
 def _turned_back(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """Return ``rows @ matrix @ columns.T``; where most rows or columns are zeros, these are left out of the products."""
+    """Return ``rows @ matrix @ columns.T``; rows and columns of zeros are left out where they are many."""
     filled = matrix != 0
     if rows is not None:
         rows, matrix = _without_zeros(rows.to(matrix), matrix, filled.any(dim=1), 0)
