@@ -70,7 +70,9 @@ def evaluate(
 
 @torch.no_grad()
 def recalibrate(federation: Federation, cohort: Sequence[ClientId], round: int) -> None:
-    """Measure BatchNorm's running statistics of the new model on the cohort's data."""
+    """Measure BatchNorm's running statistics of the new model on the cohort's data; without a cohort they stay."""
+    if not cohort:
+        return
     names = batch_norm_buffers(federation.module)
     own = dict(federation.module.named_buffers())
     broadcast: dict[str, Tree] = {"model": federation.model(), "buffers": {}}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fl_lightning.aggregation import gather_objects
 from fl_lightning.federation import Federation, portable_failure, raise_failure
 from fl_lightning.local.client import Failure
@@ -18,7 +20,8 @@ __all__ = ["ask_losses"]
 def ask_losses(federation: Federation, client_ids: Sequence[ClientId], round: int) -> dict[ClientId, float]:
     """Return the loss of the global model on the training data of each client; each process asks those of its lanes.
 
-    Everyone who is asked downloads the model for it, without transforms; those bytes count in ``bytes_asked``.
+    Everyone who is asked downloads the model for it, without transforms, and uploads its loss; those bytes count in
+    ``bytes_asked`` and ``bytes_answered``.
 
     Args:
         federation: the federation, between two rounds.
@@ -51,4 +54,8 @@ def ask_losses(federation: Federation, client_ids: Sequence[ClientId], round: in
     for some in [failed, *gather_objects([(c, portable_failure(f)) for c, f in failed])]:
         for client_id, failure in some:
             raise_failure(client_id, round, failure)
-    return {client_id: loss for some in gather_objects(own) for client_id, loss in some.items()}
+    losses = {client_id: loss for some in gather_objects(own) for client_id, loss in some.items()}
+    answer = len(pack({"loss": torch.zeros((), dtype=torch.float64)}))  # as long for one number as for another
+    for client_id in client_ids:
+        federation.bytes_answered[client_id] += answer
+    return losses

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric.utilities.data import sized_len
 
@@ -141,7 +141,11 @@ class Dispatcher:
         self.client_steps: dict[ClientId, int] = {}
         self.client_downloads: dict[ClientId, int] = {}
         """Bytes that each logged client has downloaded since its last report."""
+        self.client_uploads: dict[ClientId, int] = {}
+        """Bytes of the answers that each logged client has given since its last report."""
         self.versions: dict[int, Mapping[str, Tree]] = {}
+        self.drew_nobody = False
+        """Whether the sampler drew an empty cohort in this round, as it may."""
         self._lengths: dict[tuple[ClientId, int | None], int | None] = {}
         """Batches of the loaders that this round has opened: a plan asks several times, and data may change later."""
         self._plan: Plan | None = None
@@ -155,7 +159,7 @@ class Dispatcher:
         Raises:
             NotEnoughClientsError: when fewer than ``min_clients`` exist or are chosen.
         """
-        self._lengths = {}
+        self._lengths, self.drew_nobody = {}, False
         if self._committed is None:  # an error before the first commit leaves the beginning behind
             self._committed = self._state()
         available = len(self.population.client_ids())
@@ -195,6 +199,9 @@ class Dispatcher:
     def _choose(self, size: int, round: int) -> list[ClientId]:
         """Return a cohort, in an order that does not depend on the population's."""
         cohort = self._draw(size, 0, round)
+        if not cohort and self.settings.min_clients == 1 and getattr(self.sampler, "may_draw_nobody", False):
+            self.drew_nobody = True
+            return []
         advice = self.sampler.advice(len(self.population.client_ids())) if isinstance(self.sampler, Sampler) else None
         require_enough(len(cohort), self.settings.min_clients, round, advice)
         self.settings.algorithm.check_cohort(len(cohort))  # before anyone trains in vain
@@ -312,10 +319,11 @@ class Dispatcher:
         for client_id, steps in num_steps:
             self.client_steps[client_id] = self.client_steps.get(client_id, 0) + steps
 
-    def count_downloads(self, num_bytes: Iterable[tuple[ClientId, int]]) -> None:
-        """Add to what clients have downloaded since their last report."""
+    def count_bytes(self, way: Literal["down", "up"], num_bytes: Iterable[tuple[ClientId, int]]) -> None:
+        """Add to what clients have downloaded, or answered, since their last report."""
+        counted = self.client_downloads if way == "down" else self.client_uploads
         for client_id, size in num_bytes:
-            self.client_downloads[client_id] = self.client_downloads.get(client_id, 0) + size
+            counted[client_id] = counted.get(client_id, 0) + size
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -335,8 +343,8 @@ class Dispatcher:
         """
         state = dict(self._committed or self._state())
         own = {part: copy.deepcopy(state[part]) for part in ("schedule", "sampler")}
-        logged = {"client_steps": dict(self.client_steps), "client_downloads": dict(self.client_downloads)}
-        return {**state, **own, **logged}
+        logged = ("client_steps", "client_downloads", "client_uploads")
+        return {**state, **own, **{name: dict(getattr(self, name)) for name in logged}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a checkpoint's state, with its tensors on this process's device."""
@@ -344,6 +352,7 @@ class Dispatcher:
         self.bytes_down, self.bytes_up = state.get("bytes", [self.bytes_down, self.bytes_up])
         self.client_steps = dict(state["client_steps"])
         self.client_downloads = dict(state.get("client_downloads", {}))
+        self.client_uploads = dict(state.get("client_uploads", {}))
         self.versions = dict(state.get("versions", {}))
         for part in ("schedule", "sampler"):
             self._load(part, getattr(self, part), state.get(part, {}))

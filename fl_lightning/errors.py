@@ -6,7 +6,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fl_lightning.types import ClientId
 
-__all__ = ["BadUpdateError", "ClientError", "EmptyClientError", "MisconfigurationException", "NotEnoughClientsError"]
+__all__ = [
+    "BadUpdateError",
+    "ClientError",
+    "EmptyClientError",
+    "MisconfigurationException",
+    "NoLossError",
+    "NotEnoughClientsError",
+]
 
 
 class ClientError(RuntimeError):
@@ -31,6 +38,10 @@ class BadUpdateError(ClientError):
 
 class EmptyClientError(ClientError):
     """A client has no batch to train on."""
+
+
+class NoLossError(ClientError):
+    """A client has batches and no loss: its ``training_step`` skipped every one."""
 
 
 class NotEnoughClientsError(RuntimeError):

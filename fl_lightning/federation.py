@@ -23,6 +23,7 @@ from fl_lightning.errors import (
     ClientError,
     EmptyClientError,
     MisconfigurationException,
+    NoLossError,
 )
 from fl_lightning.federation_settings import FederationSettings
 from fl_lightning.local.client import ClientResult, Failure, reseed
@@ -91,6 +92,8 @@ class Federation:
         self.store: ClientStore | None = None
         self.bytes_asked: Counter[ClientId] = Counter()
         """Bytes that clients downloaded in this round to answer a question of the sampler."""
+        self.bytes_answered: Counter[ClientId] = Counter()
+        """Bytes of their answers."""
         self.interrupted: Callable[[], bool] = lambda: False
         self.on_cohort: Callable[[Sequence[ClientId]], None] = lambda cohort: None
         self.on_client_end: Callable[[ClientId, int, int, int], None] = lambda *_: None
@@ -124,6 +127,7 @@ class Federation:
         """Let the cohort of a round train and turn what comes back into the server's gradient."""
         begin = time.perf_counter()
         self.bytes_asked.clear()
+        self.bytes_answered.clear()
         plan = self.dispatcher.plan(round, at_most)
         self.on_cohort([dispatch.client_id for dispatch in plan.dispatches])
         downloads = self._send(round, plan)
@@ -132,11 +136,7 @@ class Federation:
         results = self._gather(results, tasks, round)
         total = reduce_over_processes(partial, self.device)
         report = self._report(round, plan, results)
-        require_delivered(report, self.settings.min_clients)
-        if self.algorithm.linear:
-            gradient, state, buffers = self._finish(total)
-        else:
-            gradient, state, buffers = self._combine(single, report.cohort, tasks[0])
+        gradient, state, buffers = self._aggregated(total, single, report, tasks)
         learned = self.dispatcher.learn(results, self.wire.num_bytes_down, downloads)
         report.metrics = {**scalars(total.metrics.compute(self.module)), **plan.metrics, **learned}
         self.dispatcher.keep_versions(plan)
@@ -150,7 +150,7 @@ class Federation:
         report.skipped = {r.client_id: r.failure.reason for r in results if r.failure is not None}
         report.num_examples = sum(result.num_examples for result in delivered)
         report.num_steps = sum(result.num_steps for result in delivered)
-        report.num_bytes_up = sum(result.num_bytes_up for result in delivered)
+        report.num_bytes_up = sum(result.num_bytes_up for result in delivered) + self.bytes_answered.total()
         report.num_bytes_down = self.wire.num_bytes_down + self.bytes_asked.total()
         return report
 
@@ -245,6 +245,22 @@ class Federation:
                 )
         return ordered
 
+    def _aggregated(
+        self,
+        total: PartialSum,
+        single: Mapping[ClientId, Contribution],
+        report: RoundReport,
+        tasks: Sequence[ClientTask],
+    ) -> tuple[Tree, State, dict[str, Tensor]]:
+        """Return the server optimizer's gradient, the algorithm's next state and the next running statistics."""
+        if self.dispatcher.drew_nobody and not tasks:
+            # no gradient at all, and not one of zeros: torch's optimizers then leave momentum and weights alone
+            return {}, self.state, {}
+        require_delivered(report, self.settings.min_clients)
+        if self.algorithm.linear:
+            return self._finish(total)
+        return self._combine(single, report.cohort, tasks[0])
+
     def _finish(self, total: PartialSum) -> tuple[Tree, State, dict[str, Tensor]]:
         buffers: dict[str, Tensor] = {}
         total.trees, total.scalars = self.wire.finish(total.as_contribution())
@@ -312,15 +328,18 @@ class Federation:
         """Advance the logged clients' step counts and return their new records, with the bytes up and down."""
         curves: dict[ClientId, list[Record]] = {}
         downloads = [*self.wire.downloads, *self.bytes_asked.items()]
-        self.dispatcher.count_downloads((client_id, size) for client_id, size in downloads if logged(client_id))
+        self.dispatcher.count_bytes("down", ((client_id, size) for client_id, size in downloads if logged(client_id)))
+        answers = self.bytes_answered.items()
+        self.dispatcher.count_bytes("up", ((client_id, size) for client_id, size in answers if logged(client_id)))
         for result in results:
             if result.failure is None and logged(result.client_id):
                 self.dispatcher.count_steps([(result.client_id, result.num_steps)])
                 last = max(self.dispatcher.client_steps[result.client_id] - 1, 0)
+                up = self.dispatcher.client_uploads.pop(result.client_id, 0) + result.num_bytes_up
                 down = self.dispatcher.client_downloads.pop(result.client_id, 0)
                 own = curves.setdefault(result.client_id, [])
                 own.extend(result.records)
-                own.append(("add_scalar", ("num_bytes_up", float(result.num_bytes_up), last), {}))
+                own.append(("add_scalar", ("num_bytes_up", float(up), last), {}))
                 own.append(("add_scalar", ("num_bytes_down", float(down), last), {}))
         return curves
 
@@ -344,9 +363,7 @@ def scalars(values: Mapping[str, Any]) -> dict[str, float]:
 def raise_failure(client_id: ClientId, round: int, failure: Failure) -> NoReturn:
     """Raise what stopped a client, named, with its own error as the cause."""
     cause = failure.exception
-    if isinstance(cause, MisconfigurationException):
-        raise cause
-    if isinstance(cause, EmptyClientError):
+    if isinstance(cause, MisconfigurationException | EmptyClientError | NoLossError):
         raise cause
     kind = BadUpdateError if failure.bad_update else ClientError
     details = "" if cause is not None or not failure.details else f"\n{failure.details}"

@@ -70,6 +70,7 @@ class FederatedFit:
         self._open_report: RoundReport | None = None
         self._cut: tuple[int, dict[ClientId, int], float] | None = None
         self._federation: Federation | None = None
+        self._from_clients: set[str] = set()
         self._given_callbacks = {id(callback) for callback in trainer.callbacks}
 
     @property
@@ -187,6 +188,7 @@ class FederatedFit:
             return  # an optimizer that asks for the closure twice gets the same round
         at_most = 2 if self.trainer.fast_dev_run else None
         self._outcome = outcome = self.federation.run_round(self.trainer.current_epoch, at_most)
+        self._from_clients.update(outcome.report.metrics)
         log_values(self.trainer.lightning_module, outcome.report.metrics)
 
     def write_gradient(self) -> None:
@@ -242,8 +244,9 @@ class FederatedFit:
             return
         if self.trainer.fit_loop.epoch_loop._should_check_val_epoch():
             # Lightning keeps the values of the last validation; they are this round's only if it validated
+            old = set() if report.cohort else self._from_clients  # nobody trained, so these are of rounds before
             for name, value in self.trainer.callback_metrics.items():
-                if not name.startswith(("clients/", "devices/")):
+                if not name.startswith(("clients/", "devices/")) and name not in old:
                     report.metrics.setdefault(name, float(value))
         self.trainer.round_history.append(report)
         if self.rounds is not None:

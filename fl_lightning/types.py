@@ -182,7 +182,7 @@ class RoundReport:
         seconds: wall-clock seconds from the broadcast to the server's step.
         num_bytes_down: bytes of the encoded broadcast, summed over the clients that got it, and of the model for each
             client that a sampler asked before.
-        num_bytes_up: bytes of the encoded payloads that came back.
+        num_bytes_up: bytes of the encoded payloads that came back, and of the answers to what a sampler asked before.
         metrics: client training metrics combined over the cohort, ``clients/<name>`` from ``evaluate_clients``, and
             what the server's validation logged.
         dropped: clients that did not deliver, with the reason.

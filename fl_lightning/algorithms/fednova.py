@@ -13,6 +13,8 @@ from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, T
 
 __all__ = ["FedNova"]
 
+_NO_NORM = "no StepCounter ran, every learning rate was zero, or training_step returned None for every batch"
+
 
 class FedNova(Algorithm):
     r"""Normalised averaging: each update is divided by what its client's optimizer made of a unit gradient.
@@ -84,7 +86,7 @@ class FedNova(Algorithm):
         if self.normalizer == "steps":
             return float(update.num_steps)
         if update.a_norm is None or not update.a_norm > 0:
-            reason = update.extra.get("no_a_norm", "no StepCounter ran, or every learning rate was zero")
+            reason = update.extra.get("no_a_norm", _NO_NORM)
             raise MisconfigurationException(
                 f"FedNova cannot normalise the update of client {update.client_id!r}: {reason}. It is defined for one "
                 "torch.optim.SGD with the same learning rate and momentum for all parameters, started anew in each "

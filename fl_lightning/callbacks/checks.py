@@ -8,7 +8,16 @@ from collections.abc import Iterable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, Optimizer
 
-__all__ = ["epochs_or_none", "finite", "flag", "in_unit_interval", "non_negative", "positive", "sgd_only"]
+__all__ = [
+    "epochs_or_none",
+    "finite",
+    "flag",
+    "has_gradient",
+    "in_unit_interval",
+    "non_negative",
+    "positive",
+    "sgd_only",
+]
 
 
 def non_negative(owner: str, name: str, value: float, hint: str = "") -> float:
@@ -93,6 +102,17 @@ def flag(owner: str, name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise MisconfigurationException(f"{owner} expected {name} to be True or False, got {value!r}.")
     return value
+
+
+def has_gradient(optimizer: Optimizer) -> bool:
+    """Return whether a step of the optimizer changes anything: torch's skip parameters without a gradient.
+
+    Example:
+        >>> import torch
+        >>> has_gradient(SGD([torch.zeros(1)], lr=0.1))
+        False
+    """
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def sgd_only(owner: str, optimizers: Iterable[Optimizer], hint: str) -> None:

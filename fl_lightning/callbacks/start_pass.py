@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fl_lightning.callbacks.base import ClientCallback
+from fl_lightning.errors import NoLossError
 from fl_lightning.seeding import forked_rng, seed_for
 from fl_lightning.types import ClientTask, Memory
 
@@ -39,6 +40,7 @@ class StartPass(ClientCallback):
 
     Raises:
         MisconfigurationException: with manual optimization, or for a loader that can be read only once.
+        NoLossError: in a federation, for a client whose ``training_step`` returns None for every batch.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -55,8 +57,10 @@ class StartPass(ClientCallback):
         self.loss: float | None = None
         self.grads: dict[str, Tensor] = {}
         self._seed = 0
+        self._task: ClientTask | None = None
 
     def begin(self, task: ClientTask, memory: Memory) -> None:
+        self._task = task
         self._seed = seed_for(task.seed, task.round, task.client_id, "start")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -67,11 +71,20 @@ class StartPass(ClientCallback):
                 "start loss or start gradient (Scaffold(option='II'), FedAvg, FedProx)."
             )
         with forked_rng(self._seed), torch.enable_grad():
-            self._measure(trainer, _probe(trainer, pl_module))
+            batches = self._measure(trainer, _probe(trainer, pl_module))
+        if batches and self.loss is None and self._task is not None:
+            raise NoLossError(
+                self._task.client_id,
+                self._task.round,
+                f"{type(pl_module).__name__}.training_step returned None for each of its {batches} batches, so it has "
+                "no loss at the start of the round, which this algorithm needs. Return a loss for some batch, or leave "
+                "the client out of the population.",
+            )
 
-    def _measure(self, trainer: pl.Trainer, probe: pl.LightningModule) -> None:
+    def _measure(self, trainer: pl.Trainer, probe: pl.LightningModule) -> int:
+        """Set loss and gradient, and return the number of batches; without examples there is neither."""
         parameters = {name: p for name, p in probe.named_parameters() if p.requires_grad} if self.gradient else {}
-        losses, examples = 0.0, 0
+        losses, examples, index = 0.0, 0, -1
         sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
         with _batches(trainer) as batches:
             for index, batch in enumerate(batches):
@@ -88,6 +101,7 @@ class StartPass(ClientCallback):
         if examples:
             self.loss = losses / examples
             self.grads = {name: total / examples for name, total in sums.items()}
+        return index + 1
 
     def report(self) -> dict[str, Any]:
         numbers: dict[str, Any] = {} if self.loss is None else {"start_loss": self.loss}

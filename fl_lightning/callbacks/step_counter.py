@@ -10,7 +10,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fl_lightning.callbacks.base import ClientCallback
-from fl_lightning.callbacks.checks import non_negative
+from fl_lightning.callbacks.checks import has_gradient, non_negative
 from fl_lightning.callbacks.proximal import ProximalTerm
 
 __all__ = ["StepCounter", "UnitGradient"]
@@ -73,7 +73,8 @@ class UnitGradient:
 class StepCounter(ClientCallback):
     r"""Counts the optimizer steps that really happened, and FedNova's :math:`\lVert a \rVert_1`.
 
-    A step that a gradient scaler skipped, and one that gradient accumulation put off, do not count. The normaliser is
+    A step that a gradient scaler skipped, one that gradient accumulation put off, and one without any gradient, because
+    ``training_step`` returned None, do not count. The normaliser is
     followed step by step (:class:`UnitGradient`), so momentum and any learning-rate schedule are right without being
     told; only the strength of a proximal term cannot be seen from the optimizer. With ``maximize=True`` an update is
     no descent along the gradients, and the normaliser is not defined.
@@ -141,6 +142,11 @@ class StepCounter(ClientCallback):
         self._handles = []
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if has_gradient(optimizer):  # without, torch's optimizers leave weights and momentum alone
+            self.count(optimizer)
+
+    def count(self, optimizer: Optimizer) -> None:
+        """Count a step that this optimizer took, with the rates that it has now."""
         self.num_steps += 1
         if self.reason is not None:
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import tempfile
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ import lightning.pytorch as pl
 import torch
 
 from fl_lightning.engines.in_process import Engine
-from fl_lightning.errors import EmptyClientError, MisconfigurationException
+from fl_lightning.errors import ClientError, EmptyClientError, MisconfigurationException, NoLossError
 from fl_lightning.local.client import ClientHalf, ClientResult, Failure
 from fl_lightning.local.quiet import without_hints
 from fl_lightning.metrics import MetricSums
@@ -32,6 +33,7 @@ from fl_lightning.wire import pack, unpack
 __all__ = ["SpawnedEngine"]
 
 _KINDS = {"MisconfigurationException": MisconfigurationException}
+_CLIENT_KINDS: dict[str, type[ClientError]] = {"EmptyClientError": EmptyClientError, "NoLossError": NoLossError}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,36 +85,59 @@ class SpawnedEngine(Engine):
             else:
                 yield task.client_id, None if answer["metrics"] is None else MetricSums.from_tree(answer["metrics"])
 
-    def _ask(self, what: str, task: ClientTask) -> bytes:
+    def start_losses(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientId, float | Failure]]:
+        for task in tasks:
+            answer = unpack(self._ask("start loss", task))
+            failed = answer["failure"] is not None
+            yield task.client_id, _failure(answer["failure"], task) if failed else answer["loss"]
+
+    def recalibrate(self, tasks: Iterable[ClientTask], names: Sequence[str]) -> Iterator[tuple[ClientId, Contribution]]:
+        for task in tasks:
+            answer = unpack(self._ask("recalibrate", task, names))
+            if answer["failure"] is not None:
+                failure = _failure(answer["failure"], task)
+                raise ClientError(task.client_id, task.round, failure.reason) from failure.exception
+            yield task.client_id, Contribution(answer["trees"], answer["scalars"])
+
+    def _ask(self, what: str, task: ClientTask, names: Sequence[str] = ()) -> bytes:
         half = self.client_half
         message = pack(
             {
                 "what": what,
+                "names": list(names),
                 "task": {**asdict(task), "broadcast": dict(task.broadcast), "work": asdict(task.work)},
                 "memory": half.store.get(task.client_id, task.round),
                 "logged": half.wants_curve(task.client_id),
             }
         )
+        with self._process() as (ours, process):
+            try:
+                _await(ours, process)
+                ours.recv_bytes()  # it listens
+                ours.send_bytes(self._recipe)
+                ours.send_bytes(message)
+                _await(ours, process)
+                answer: bytes = ours.recv_bytes()
+                return answer
+            except (EOFError, ConnectionError):  # it ended before it answered, or before it listened
+                process.join()
+                reason = f"its process ended with exit code {process.exitcode}"
+                if process.exitcode == 1:
+                    reason += " (a script that uses SpawnedEngine calls fit under `if __name__ == '__main__':`)"
+                return pack(
+                    {"failure": {"reason": reason, "details": "", "bad_update": False, "kind": ""}, "metrics": None}
+                )
+
+    @contextmanager
+    def _process(self) -> Iterator[tuple[Any, BaseProcess]]:
+        """Start the process of one client, and see it end."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
         try:
-            _await(ours, process)
-            ours.recv_bytes()  # it listens
-            ours.send_bytes(self._recipe)
-            ours.send_bytes(message)
-            _await(ours, process)
-            return ours.recv_bytes()
-        except (EOFError, ConnectionError):  # it ended before it answered, or before it listened
-            process.join()
-            reason = f"its process ended with exit code {process.exitcode}"
-            if process.exitcode == 1:
-                reason += " (a script that uses SpawnedEngine calls fit under `if __name__ == '__main__':`)"
-            return pack(
-                {"failure": {"reason": reason, "details": "", "bad_update": False, "kind": ""}, "metrics": None}
-            )
+            yield ours, process
         finally:
             process.join()
             ours.close()
@@ -184,7 +209,12 @@ def _await(pipe: Any, process: BaseProcess) -> None:
 
 
 def _serve(pipe: Any) -> None:
-    """Answer one task; runs in the client's process."""
+    """Answer one task and end; runs in the client's process."""
+    _answer_task(pipe)
+    pipe.close()
+
+
+def _answer_task(pipe: Any) -> None:
     pipe.send_bytes(b"ready")
     recipe: _Recipe = pickle.loads(pipe.recv_bytes())
     message = unpack(pipe.recv_bytes())
@@ -204,16 +234,31 @@ def _serve(pipe: Any) -> None:
         half = ClientHalf(
             module, recipe.algorithm, recipe.settings, recipe.population, store, lambda _: bool(message["logged"])
         )
-        pipe.send_bytes(pack(_answer(half, task, message["what"])))
-    pipe.close()
+        pipe.send_bytes(pack(_ANSWERS[message["what"]](half, task, message["names"])))
 
 
-def _answer(half: ClientHalf, task: ClientTask, what: str) -> dict[str, Any]:
-    if what == "evaluate":
-        _, sums = next(half.evaluate([task]))
-        if isinstance(sums, Failure):
-            return {"failure": _portable(sums), "metrics": None}
-        return {"failure": None, "metrics": None if sums is None else sums.to_tree()}
+def _evaluated(half: ClientHalf, task: ClientTask, names: Sequence[str]) -> dict[str, Any]:
+    _, sums = next(half.evaluate([task]))
+    if isinstance(sums, Failure):
+        return {"failure": _portable(sums), "metrics": None}
+    return {"failure": None, "metrics": None if sums is None else sums.to_tree()}
+
+
+def _start_loss(half: ClientHalf, task: ClientTask, names: Sequence[str]) -> dict[str, Any]:
+    _, loss = next(half.start_losses([task]))
+    return {"failure": _portable(loss)} if isinstance(loss, Failure) else {"failure": None, "loss": loss}
+
+
+def _recalibrated(half: ClientHalf, task: ClientTask, names: Sequence[str]) -> dict[str, Any]:
+    try:
+        _, own = next(half.recalibrate([task], names))
+    except Exception as error:
+        details = "".join(traceback.format_exception(error))
+        return {"failure": _portable(Failure(f"{type(error).__name__}: {error}", details, exception=error))}
+    return {"failure": None, "trees": own.trees, "scalars": own.scalars}
+
+
+def _trained(half: ClientHalf, task: ClientTask, names: Sequence[str]) -> dict[str, Any]:
     try:
         result = next(iter(half.run([task])))
     except MisconfigurationException as error:
@@ -238,6 +283,9 @@ def _answer(half: ClientHalf, task: ClientTask, what: str) -> dict[str, Any]:
     }
 
 
+_ANSWERS = {"train": _trained, "evaluate": _evaluated, "start loss": _start_loss, "recalibrate": _recalibrated}
+
+
 def _portable(failure: Failure) -> dict[str, Any]:
     kind = type(failure.exception).__name__ if failure.exception is not None else ""
     return {"reason": failure.reason, "details": failure.details, "bad_update": failure.bad_update, "kind": kind}
@@ -245,8 +293,8 @@ def _portable(failure: Failure) -> dict[str, Any]:
 
 def _failure(fields: dict[str, Any], task: ClientTask) -> Failure:
     failure = Failure(fields["reason"], fields["details"], fields["bad_update"])
-    if fields["kind"] == "EmptyClientError":
-        failure.exception = EmptyClientError(task.client_id, task.round, fields["reason"])
+    if fields["kind"] in _CLIENT_KINDS:
+        failure.exception = _CLIENT_KINDS[fields["kind"]](task.client_id, task.round, fields["reason"])
     elif fields["kind"] in _KINDS:
         failure.exception = _KINDS[fields["kind"]](fields["reason"])
     return failure

@@ -17,7 +17,7 @@ import torch
 
 from fl_lightning.algorithms.base import PERSONAL, Algorithm
 from fl_lightning.data import ClientPopulation
-from fl_lightning.errors import BadUpdateError, ClientError, EmptyClientError, MisconfigurationException
+from fl_lightning.errors import BadUpdateError, ClientError, EmptyClientError, MisconfigurationException, NoLossError
 from fl_lightning.local.choice import choose_loop
 from fl_lightning.local.job import ClientData, Job, Loop, Outcome
 from fl_lightning.local.recalibration import statistics_contribution
@@ -138,12 +138,12 @@ class ClientHalf:
             yield task.client_id, statistics_contribution(buffers, size)
 
     def start_losses(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientId, float | Failure]]:
-        """Measure the loss of the broadcast model on the clients' training data; -inf for a client without any."""
+        """Measure the loss of the broadcast model on the clients' training data; -inf for a client without a loss."""
         for task in tasks:
             try:
                 data, memory = self.open_data(task, validates=False), self.store.get(task.client_id)
                 yield task.client_id, self.lightning_loop.start_loss(task, data, memory)
-            except EmptyClientError:
+            except (EmptyClientError, NoLossError):
                 yield task.client_id, -math.inf
             except Exception as error:
                 yield task.client_id, _failure(error)

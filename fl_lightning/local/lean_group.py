@@ -291,8 +291,7 @@ class Group:
                 rates = self._rates[row].at(self._scheduled(row, index))
                 for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate
-                for hook in tuple(self._optimizer._optimizer_step_post_hooks.values()):
-                    hook(self._optimizer, (), {})
+                counter.count(self._optimizer)  # every member had a gradient in each of its steps
             self._epoch = now
         counter.unwatch()
 

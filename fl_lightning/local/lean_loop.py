@@ -149,7 +149,7 @@ class _Observed:
     """The numbers of a fit, as an update reports them."""
 
     def __init__(self, fit: Fit) -> None:
-        self.num_steps = fit.progress.global_step
+        self.num_steps = self.num_gradients = fit.progress.global_step  # a step without a loss is not plain
         self.num_examples = fit.num_examples
         self.metrics = fit.log.sums()
 

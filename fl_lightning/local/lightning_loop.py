@@ -276,9 +276,9 @@ class ClientRun:
     def check_corrections(self, callbacks: Iterable[Callback], observer: Observer) -> None:
         """Raise when a correction never ran although optimizers stepped."""
         for callback in callbacks:
-            if isinstance(callback, GradientCorrection) and observer.num_steps and not callback.num_corrections:
+            if isinstance(callback, GradientCorrection) and observer.num_gradients and not callback.num_corrections:
                 raise MisconfigurationException(
-                    f"{type(callback).__name__} corrected no gradient in {observer.num_steps} optimizer steps of "
+                    f"{type(callback).__name__} corrected no gradient in {observer.num_gradients} optimizer steps of "
                     f"client {self.task.client_id!r}. With manual optimization, step with self.optimizers(), so that "
                     "Lightning calls on_before_optimizer_step."
                 )

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch.optim import Optimizer
 
+from fl_lightning.callbacks.checks import has_gradient
 from fl_lightning.errors import MisconfigurationException
 from fl_lightning.local.client_trainer import ClientTrainer
 from fl_lightning.metrics import MetricSums, StepSums, capture
@@ -26,6 +27,8 @@ class Observer(Checkpoint):
 
     def __init__(self, num_examples: int | None, log_every_n_steps: int) -> None:
         self.num_steps = 0
+        self.num_gradients = 0
+        """Steps in which some parameter had a gradient."""
         self.num_batches = 0
         self.num_examples = num_examples or 0
         self.metrics: MetricSums | None = None
@@ -36,8 +39,9 @@ class Observer(Checkpoint):
         self._logged_a_point = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        def stepped(*_: Any) -> None:
+        def stepped(optimizer: Optimizer, *_: Any) -> None:
             self.num_steps += 1
+            self.num_gradients += has_gradient(optimizer)
 
         # a post hook runs for the steps that happened: a GradScaler skips the optimizer when a gradient overflowed
         self._handles = [

@@ -21,8 +21,9 @@ class PoissonSampler(Sampler):
     The size of the cohort is then random, with mean ``rate * number of clients``; accounting of differential privacy
     is tightest for this sampling. The work grows with the cohort and not with the population.
 
-    A cohort may come out empty, with probability ``(1 - rate) ** number of clients``, and a round without clients is an
-    error that says so: draw often enough that it does not happen.
+    A cohort may come out empty, with probability ``(1 - rate) ** number of clients``. Such a round counts: model,
+    server optimizer and the state of the algorithm stay as they are, and the report's cohort is empty. With
+    ``min_clients`` above 1 it is an error instead.
 
     Args:
         rate: probability in (0, 1]; ``None`` takes ``clients_per_round / number of clients``.
@@ -38,6 +39,8 @@ class PoissonSampler(Sampler):
         >>> min(sizes) < 95 < sum(sizes) / 200 < 105 < max(sizes)
         True
     """
+
+    may_draw_nobody = True
 
     def __init__(self, rate: float | None = None) -> None:
         if rate is not None and not 0 < rate <= 1:
@@ -55,8 +58,9 @@ class PoissonSampler(Sampler):
         needed = min(1.0, 10 / max(1, num_clients))
         return (
             f"PoissonSampler draws each of {num_clients} clients by itself ({drawn}), so a cohort's size is random "
-            f"and may be zero. Raise {more}: with 10 clients a round on average (a rate of {needed:g}) one round in "
-            "20000 or fewer is empty. UniformSampler() draws cohorts of one size."
+            f"and may be zero. Leave min_clients at 1, where a round without clients is one in which the model stays, "
+            f"or raise {more}: with 10 clients a round on average (a rate of {needed:g}) one round in 20000 or fewer "
+            "is empty. UniformSampler() draws cohorts of one size."
         )
 
     def cohort(self, population: Population, size: int, seed: int, round: int) -> list[ClientId]:
@@ -112,8 +116,9 @@ class PowerOfChoiceSampler(Sampler):
     Args:
         candidates: how many clients are looked at, at least as many as take part.
         loss: the loss of a client as ``loss(client_id, round)``; pure, for the cohort to be pure. ``None`` asks the
-            candidates, as the paper does: each downloads the global model (counted in ``num_bytes_down``) and passes
-            once over its training data. Those that are chosen download again when the round begins.
+            candidates, as the paper does: each downloads the global model (counted in ``num_bytes_down``), passes
+            once over its training data where it lives, and sends its loss back (counted in ``num_bytes_up``). Those
+            that are chosen download again when the round begins.
         by_size: draw the candidates by their size, as the paper does; ``False`` draws them uniformly.
 
     Raises:

@@ -44,6 +44,9 @@ class Sampler:
     ask: Callable[[Sequence[ClientId], int], Mapping[ClientId, float]] | None = None
     """While a federation runs: asks clients for the loss of the global model at the start of a round."""
 
+    may_draw_nobody: bool = False
+    """Whether an empty cohort is a round like any other, in which the model stays, and no mistake."""
+
     def cohort(self, population: Population, size: int, seed: int, round: int) -> list[ClientId]:
         """Return the ids of the clients that take part.
 

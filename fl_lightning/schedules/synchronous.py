@@ -41,5 +41,5 @@ class SynchronousSchedule(Schedule):
         dispatches = tuple(
             occasion.dispatch(client_id, first + position, at) for position, client_id in enumerate(cohort)
         )
-        finished_at = max(dispatch.done_at for dispatch in dispatches)
+        finished_at = max((dispatch.done_at for dispatch in dispatches), default=at)
         return Plan(dispatches, finished_at, metrics={"simulated_seconds": finished_at})

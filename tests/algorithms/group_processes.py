@@ -1,4 +1,4 @@
-"""Trains every algorithm in groups of clients on the processes that ``torchrun`` started, and saves the weights."""
+"""Trains everyone in groups of clients on the processes that ``torchrun`` started, and saves the weights."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_groups import LAWFUL, net, train
+from algorithm_zoo import Net, weights
+from everyone import EVERYONE, LOOPS, train
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     processes = int(os.environ["WORLD_SIZE"])
-    results = {name: train(name, net(), 4, devices=processes, strategy="ddp")[0] for name in LAWFUL}
+    results = {}
+    for name in EVERYONE:
+        torch.manual_seed(1)
+        # two lanes of two and three clients, in one process or in one each
+        train(name, module := Net(), devices=processes, strategy="ddp", **{**LOOPS["groups"], "num_lanes": 2})
+        results[name] = weights(module)
     if int(os.environ["RANK"]) == 0:
         torch.save(results, sys.argv[1])

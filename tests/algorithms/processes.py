@@ -15,8 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from algorithm_zoo import ALGORITHMS, WITH_OWN_MODELS, Judged, Net, Sites, clients, drawn, weights
+from algorithm_zoo import ALGORITHMS, WITH_OWN_MODELS, Judged, Net, Normalised, Sites, clients, drawn, weights
 from quadratics import quiet_trainer
+
+from fl_lightning.schedules import PowerOfChoiceSampler
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -39,5 +41,13 @@ if __name__ == "__main__":
         trainer.fit(Judged(), Sites(shuffle=True))
         metrics = trainer.round_history[-1].metrics
         results[f"{name}: own models"] = {k: torch.tensor(v) for k, v in metrics.items() if k.startswith("clients/")}
+    pl.seed_everything(5, verbose=False)
+    trainer = quiet_trainer(
+        max_rounds=3, devices=processes, strategy="ddp", clients_per_round=2, batch_norm="recalibrate",
+        sampler=PowerOfChoiceSampler(4),
+    )  # fmt: skip
+    trainer.fit(module := Normalised(), clients((12, 20, 7, 9, 16)))
+    told = [[r.num_bytes_down, r.num_bytes_up, *sorted(int(c[-1]) for c in r.cohort)] for r in trainer.round_history]
+    results["power of choice"] = {**weights(module), "reports": torch.tensor(told)}
     if int(os.environ["RANK"]) == 0:
         torch.save(results, sys.argv[1])

@@ -1,4 +1,4 @@
-"""The laws that every algorithm keeps."""
+"""What every algorithm keeps beside the laws of ``test_laws``: it learns, its halves are pure, its state is plain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from algorithm_zoo import ALGORITHMS, WITH_OWN_MODELS, Net, Normalised, Still, clients, drawn, identical, weights
+from algorithm_zoo import ALGORITHMS, WITH_OWN_MODELS, Net, Normalised, clients, drawn, identical, weights
+from everyone import assert_same
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from quadratics import quiet_trainer
@@ -32,7 +33,6 @@ from fl_lightning.algorithms import (
     MimeLite,
     QFedAvg,
 )
-from fl_lightning.engines import SpawnedEngine
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Tree
 
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
@@ -66,35 +66,6 @@ def test_training_lowers_the_loss(name: str) -> None:
 
 
 @every_algorithm
-def test_when_no_client_moves_the_model_stays(name: str) -> None:
-    module = Still()
-    before = weights(module)
-    train(ALGORITHMS[name](), module)
-    assert identical(weights(module), before)
-
-
-@every_algorithm
-def test_the_order_of_the_clients_changes_no_bit(name: str) -> None:
-    module = Net()
-    other = copy.deepcopy(module)
-    before = weights(module)
-    train(ALGORITHMS[name](), module)
-    train(ALGORITHMS[name](), other, data=dict(reversed(clients().items())))
-    assert identical(weights(module), weights(other))
-    assert not identical(weights(module), before)
-
-
-@every_algorithm
-def test_the_loops_agree(name: str) -> None:
-    """To the bit: the lean loop claims the arithmetic of Lightning's Trainer."""
-    module = Net(momentum=0.0 if name.startswith("Scaffold") else 0.9)
-    other = copy.deepcopy(module)
-    train(ALGORITHMS[name](), module, local_loop="lightning")
-    train(ALGORITHMS[name](), other, local_loop="auto")
-    assert identical(weights(module), weights(other))
-
-
-@every_algorithm
 def test_frozen_parameters_and_batch_norm_behave(name: str) -> None:
     module = Normalised()
     before = weights(module)
@@ -120,55 +91,10 @@ def test_frozen_parameters_and_batch_norm_behave(name: str) -> None:
     assert int(after["norm.num_batches_tracked"]) == tracked
 
 
-@every_algorithm
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name: str, tmp_path: Path) -> None:
-    """With two of three clients a round, so that memory of absent clients must survive as well."""
-    start = Net()
-    arguments: dict[str, Any] = {"default_root_dir": str(tmp_path), "enable_checkpointing": True, **drawn(name, 2)}
-    whole, seen = copy.deepcopy(start), Kept()
-    train(ALGORITHMS[name](), whole, rounds=5, callbacks=[seen, no_checkpoint(tmp_path / "whole")], **arguments)
-    saver = ModelCheckpoint(tmp_path / "half", filename="{epoch}", save_last=True)
-    train(ALGORITHMS[name](), copy.deepcopy(start), rounds=3, callbacks=[saver], **arguments)
-    resumed, kept = Net(), Kept()
-    pl.seed_everything(99, verbose=False)  # the checkpoint's seed goes on
-    trainer = quiet_trainer(
-        algorithm=ALGORITHMS[name](), max_rounds=5, local_epochs=2, callbacks=[kept, no_checkpoint(tmp_path / "half")],
-        **arguments,
-    )  # fmt: skip
-    trainer.fit(resumed, clients(), ckpt_path=str(tmp_path / "half" / "last.ckpt"))
-    assert identical(weights(resumed), weights(whole))
-    assert_same(kept.state, seen.state)
-    assert [report.round for report in trainer.round_history][-2:] == [3, 4]
-    loaded = Net.load_from_checkpoint(tmp_path / "half" / "last.ckpt")
-    assert loaded.hparams.lr == 0.1
-
-
-class Kept(pl.Callback):
-    """Keeps the algorithm's and the server optimizer's state after the last round."""
-
-    state: dict[str, Any]
-
-    def on_train_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
-        optimizer = trainer.optimizers[0].state_dict()
-        self.state = copy.deepcopy({"algorithm": trainer.federated_fit.federation.state, "optimizer": optimizer})
-
-
-def no_checkpoint(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, save_top_k=0)
-
-
-def assert_same(left: Any, right: Any) -> None:
-    if isinstance(left, Tensor):
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            assert_same(left[key], right[key])
-    elif isinstance(left, list):
-        for one, other in zip(left, right, strict=True):
-            assert_same(one, other)
-    else:
-        assert left == right
+def test_a_checkpoint_is_one_of_the_users_class(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    train(FedAvg(), Net(lr=0.07), 1, callbacks=[saver], default_root_dir=str(tmp_path), enable_checkpointing=True)
+    assert Net.load_from_checkpoint(tmp_path / "last.ckpt").hparams.lr == 0.07
 
 
 def test_an_algorithm_of_another_name_does_not_resume(tmp_path: Path) -> None:
@@ -223,29 +149,6 @@ def test_a_weight_leaves_no_trace_on_a_single_client(name: str, num_examples: in
     contribution, _ = algorithm.contribute(update, task, {})
     gradient, _ = algorithm.apply(contribution, state, num_clients=1)
     assert torch.equal(gradient["w"], -delta)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "AFL", "APFL", "Ditto", "FedAvg", "FedNova", "FedNova proximal", "FedProx", "QFedAvg", "Scaffold I",
-        "Scaffold II",
-    ],
-)  # fmt: skip
-def test_one_client_with_one_step_is_centralised_training(name: str) -> None:
-    """QFedAvg takes smaller steps as soon as q > 0, so it is asked at q = 0."""
-    algorithm = QFedAvg(0.0) if name == "QFedAvg" else ALGORITHMS[name]()
-    module = Net()
-    x, y = clients((20,))["site-0"].dataset.tensors
-    expected = copy.deepcopy(module)
-    optimizer = expected.configure_optimizers()
-    for _ in range(3):
-        optimizer.zero_grad()
-        expected.loss((x, y)).backward()
-        optimizer.step()
-    train(algorithm, module, data=clients((20,), batch_size=20), local_steps=1)
-    pairs = zip(module.parameters(), expected.parameters(), strict=True)
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
 
 
 @every_algorithm
@@ -318,22 +221,12 @@ def test_two_processes_give_the_bits_of_one(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(torch.load(target, weights_only=True))
     one, two = results
-    assert one.keys() == ALGORITHMS.keys() | {f"{name}: own models" for name in WITH_OWN_MODELS}
+    own_models = {f"{name}: own models" for name in WITH_OWN_MODELS}
+    assert one.keys() == ALGORITHMS.keys() | own_models | {"power of choice"}
     assert all("clients/val_loss" in one[f"{name}: own models"] for name in WITH_OWN_MODELS)
     assert "clients/personal/val_loss" in one["APFL: own models"]
     different = [name for name in one if not identical(one[name], two[name])]
     assert not different
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["AFL", "Scaffold II"])
-def test_a_process_for_each_client_gives_the_same_bits(name: str) -> None:
-    """Broadcast, contribution and memory cross as bytes; the client half meets no server."""
-    module = Net()
-    other = copy.deepcopy(module)
-    train(ALGORITHMS[name](), module, rounds=2, data=clients((12, 7)))
-    train(ALGORITHMS[name](), other, rounds=2, data=clients((12, 7)), engine=SpawnedEngine())
-    assert identical(weights(module), weights(other))
 
 
 def test_a_server_schedule_scales_the_rounds() -> None:

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from robust_zoo import RULES, Net, clients, identical, quiet_trainer, root, train, weights
+from robust_zoo import RULES, Net, clients, identical, root, train, weights
 
 import fl_lightning.algorithms.robust
 from fl_lightning.algorithms import FedAvg
@@ -28,43 +27,6 @@ every_rule = pytest.mark.parametrize("name", RULES)
 def test_the_suite_covers_every_rule() -> None:
     covered = {type(make()).__name__ for make in RULES.values()}
     assert covered == {"FLTrust", *fl_lightning.algorithms.robust.__all__} - {"Cohort", "RobustAlgorithm"}
-
-
-@every_rule
-def test_the_order_of_the_clients_changes_no_bit(name: str) -> None:
-    module = Net()
-    other = copy.deepcopy(module)
-    before = weights(module)
-    train(RULES[name](), module)
-    train(RULES[name](), other, data=dict(reversed(clients().items())))
-    assert identical(weights(module), weights(other))
-    assert not identical(weights(module), before)
-
-
-@every_rule
-def test_both_loops_agree_to_the_bit(name: str) -> None:
-    module = Net()
-    other = copy.deepcopy(module)
-    train(RULES[name](), module, local_loop="lightning")
-    train(RULES[name](), other, local_loop="lean", group_size=1)
-    assert identical(weights(module), weights(other))
-
-
-@every_rule
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name: str, tmp_path: Path) -> None:
-    start = Net()
-    arguments: dict[str, Any] = {"default_root_dir": str(tmp_path), "enable_checkpointing": True}
-    whole = copy.deepcopy(start)
-    train(RULES[name](), whole, max_rounds=4, callbacks=[ModelCheckpoint(tmp_path / "no", save_top_k=0)], **arguments)
-    saver = ModelCheckpoint(tmp_path / "half", save_last=True)
-    train(RULES[name](), copy.deepcopy(start), max_rounds=2, callbacks=[saver], **arguments)
-    resumed = Net()
-    trainer = quiet_trainer(
-        algorithm=RULES[name](), max_rounds=4, local_epochs=2,
-        callbacks=[ModelCheckpoint(tmp_path / "half", save_top_k=0)], **arguments,
-    )  # fmt: skip
-    trainer.fit(resumed, clients(), ckpt_path=str(tmp_path / "half" / "last.ckpt"))
-    assert identical(weights(resumed), weights(whole))
 
 
 @every_rule

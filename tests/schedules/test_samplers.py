@@ -25,6 +25,7 @@ from fl_lightning.schedules import (
     SizeSampler,
     UniformSampler,
 )
+from fl_lightning.wire import pack
 
 ROUNDS = 4000
 
@@ -149,13 +150,14 @@ def test_a_rate_is_a_probability(rate: float) -> None:
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
-        (PoissonSampler(1e-9), r"of 3 clients by itself \(rate=1e-09\).*may be zero. Raise rate: .*rate of 1\)"),
+        (PoissonSampler(1e-9), r"of 3 clients by itself \(rate=1e-09\).*at 1, .* or raise rate: .*rate of 1\)"),
         (Nobody(), r"Lower min_clients, choose more clients_per_round"),
     ],
 )
 def test_an_empty_cohort_says_what_to_do(sampler: Sampler, message: str) -> None:
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = FederatedTrainer(sampler=sampler, accelerator="cpu", enable_checkpointing=False, max_rounds=1, **quiet)
+    quiet.update(accelerator="cpu", enable_checkpointing=False, max_rounds=1, min_clients=2)
+    trainer = FederatedTrainer(sampler=sampler, **quiet)
     data = {name: DataLoader(TensorDataset(torch.zeros(2)), batch_size=2) for name in "abc"}
     with pytest.raises(NotEnoughClientsError, match=f"only 0 clients are available to it. .*{message}"):
         trainer.fit(Slope(), data)
@@ -230,10 +232,10 @@ def test_power_of_choice_asks_the_clients_and_disturbs_nothing(loop: Any) -> Non
     told = FederatedTrainer(sampler=FixedSampler(cohorts), **quiet)
     told.fit(other := Slope(), data)
     assert torch.equal(module.x, other.x)
-    # four candidates download the model on top of the cohort of two, and are no part of the cohort's upload
+    # four candidates download the model on top of the cohort of two, and each sends a number back
     down, up = ([[getattr(r, name) for r in t.round_history] for t in (trainer, told)] for name in SIDES)
     assert down[0] == [3 * num_bytes for num_bytes in down[1]]
-    assert up[0] == up[1]
+    assert up[0] == [num_bytes + 4 * len(pack({"loss": torch.zeros((), dtype=torch.float64)})) for num_bytes in up[1]]
 
 
 def test_power_of_choice_has_nobody_to_ask_outside_of_a_fit() -> None:
