@@ -1,14 +1,18 @@
 """Nested dictionaries of tensors and primitives as bytes, and back, without pickle.
 
-The tensors are a safetensors file; the nesting is JSON in its header. Reading executes nothing, and a truncated or
-oversized string is refused.
+The tensors are a safetensors file; the nesting is JSON in its header, behind a checksum of it and of all tensors.
+Reading executes nothing, and a string that is truncated, oversized or changed by as little as a bit is refused. The
+checksum (CRC-32, 11 ms for 40 MB) finds accidents; it is no protection against an attacker, who can compute it as well.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
@@ -16,6 +20,7 @@ from torch import Tensor
 __all__ = ["WireError", "pack", "text_length", "unpack"]
 
 _STRUCTURE = "structure"
+_DIGITS = 8
 _text = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -39,8 +44,8 @@ def pack(value: Any) -> bytes:
         [1.0, 1.0]
     """
     tensors: dict[str, Tensor] = {}
-    structure = _flatten(value, tensors, "value")
-    return safetensors_torch.save(tensors, {_STRUCTURE: _text(structure)})
+    structure = _text(_flatten(value, tensors, "value"))
+    return safetensors_torch.save(tensors, {_STRUCTURE: _checksum(structure, tensors) + structure})
 
 
 def text_length(values: list[str | int | float]) -> int:
@@ -58,18 +63,32 @@ def unpack(data: bytes) -> Any:
     """Undo :func:`pack`.
 
     Raises:
-        WireError: when ``data`` is truncated, oversized or not written by :func:`pack`.
+        WireError: when ``data`` is truncated, oversized, changed or not written by :func:`pack`.
     """
     try:
         tensors = safetensors_torch.load(data)
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
-        return _nest(json.loads(header["__metadata__"][_STRUCTURE]), tensors)
+        text = header["__metadata__"][_STRUCTURE]
+        found, structure = text[:_DIGITS], text[_DIGITS:]
+        if found != (expected := _checksum(structure, tensors)):
+            raise ValueError(f"their checksum is {expected}, and they say {found}")
+        return _nest(json.loads(structure), tensors)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise WireError(
             f"Expected bytes written by fl_lightning.wire.pack, got {len(data)} bytes that cannot be read: {error}. "
-            "Were they cut off or changed on the way?"
+            "Were they cut off or changed on the way? Then send them again."
         ) from error
+
+
+def _checksum(structure: str, tensors: Mapping[str, Tensor]) -> str:
+    value = zlib.crc32(structure.encode())
+    for index in range(len(tensors)):
+        tensor = tensors[str(index)]
+        value = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), value)
+        if tensor.numel():
+            value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:0{_DIGITS}x}"
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor], place: str) -> Any:

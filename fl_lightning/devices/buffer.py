@@ -13,12 +13,11 @@ import numpy as np
 
 from fl_lightning.devices.eligibility import AllOf, Eligibility, Rule
 from fl_lightning.devices.energy import EnergyModel
-from fl_lightning.devices.fleet import DeviceFleet
 from fl_lightning.devices.participants import Participants
 from fl_lightning.devices.policies import WorkPolicy
 from fl_lightning.devices.selection import RESTING
 from fl_lightning.devices.tallies import Tallies
-from fl_lightning.devices.trips import EMPTY, GAVE_UP, OFFLINE, send
+from fl_lightning.devices.trips import EMPTY, GAVE_UP, OFFLINE, devices_of, send
 from fl_lightning.errors import MisconfigurationException, NotEnoughClientsError
 from fl_lightning.schedules.buffered import BufferedSchedule
 from fl_lightning.schedules.plan import Dispatch, Occasion
@@ -102,7 +101,9 @@ class DeviceBuffer(BufferedSchedule):
     def admitted(self, occasion: Occasion, client_ids: Sequence[ClientId], at: float) -> Sequence[bool]:
         if not client_ids:
             return []
-        refusals = self.eligibility.refusals(_fleet_of(occasion).conditions(client_ids, at, self.participants))
+        refusals = self.eligibility.refusals(
+            devices_of(occasion, "DeviceBuffer").conditions(client_ids, at, self.participants)
+        )
         if self.rest_seconds:
             levels, since = self.participants.levels(client_ids)
             resting = ~np.isnan(levels) & (at - since < self.rest_seconds)
@@ -111,7 +112,7 @@ class DeviceBuffer(BufferedSchedule):
         return [not reason for reason in refusals]
 
     def sent(self, occasion: Occasion, client_id: ClientId, dispatch_id: int, at: float, repeat: int) -> Dispatch:
-        fleet, ids = _fleet_of(occasion), [client_id]
+        fleet, ids = devices_of(occasion, "DeviceBuffer"), [client_id]
         trips = send(occasion, fleet, self.participants, ids, at, None, self.policies, self.energy, attempt=repeat)
         dispatch = occasion.dispatch(client_id, dispatch_id, at, trips.works[0], repeat)
         if math.isfinite(trips.lost_at[0]):
@@ -157,7 +158,7 @@ class DeviceBuffer(BufferedSchedule):
             "devices/reports": float(len(buffer)),
             "devices/in_flight": float(len(self._under_way)),
             **self.energy.metrics(
-                _fleet_of(occasion),
+                devices_of(occasion, "DeviceBuffer"),
                 [entry["client_id"] for entry in ended],
                 sum(entry["watt_hours"] for entry in ended),
             ),
@@ -168,7 +169,7 @@ class DeviceBuffer(BufferedSchedule):
             metrics[f"devices/dropped/{reason.replace(' ', '_')}"] = float(lost[reason] + refused[reason])
         metrics.update(
             self.tallies.add(
-                _fleet_of(occasion),
+                devices_of(occasion, "DeviceBuffer"),
                 occasion.population.client_ids(),
                 [entry["client_id"] for entry in reporting],
                 np.array([entry["local_hour"] for entry in reporting]),
@@ -194,12 +195,3 @@ class DeviceBuffer(BufferedSchedule):
         self.tallies.load_state_dict(state["tallies"])
         self._under_way = copy.deepcopy(dict(state["under_way"]))
         self._lost_in_a_row = state["lost_in_a_row"]
-
-
-def _fleet_of(occasion: Occasion) -> DeviceFleet:
-    if not isinstance(occasion.timing, DeviceFleet):
-        raise MisconfigurationException(
-            f"DeviceBuffer needs devices, got fleet={occasion.timing!r}. Write "
-            "fleet=DeviceFleet(profile='smartphones')."
-        )
-    return occasion.timing

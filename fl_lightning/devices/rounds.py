@@ -17,7 +17,7 @@ from fl_lightning.devices.participants import Participants
 from fl_lightning.devices.policies import DeadlineSteps, WorkPolicy
 from fl_lightning.devices.selection import RESTING, Selection, select
 from fl_lightning.devices.tallies import Tallies
-from fl_lightning.devices.trips import EMPTY, GAVE_UP, OFFLINE, Trips, send
+from fl_lightning.devices.trips import EMPTY, GAVE_UP, OFFLINE, Trips, devices_of, send
 from fl_lightning.errors import MisconfigurationException, NotEnoughClientsError
 from fl_lightning.schedules.lanes import sort_key
 from fl_lightning.schedules.plan import Dispatch, Occasion, Plan, Schedule
@@ -124,7 +124,7 @@ class DeviceRounds(Schedule):
     # ---- a round -----------------------------------------------------------------------------------------------
 
     def plan(self, occasion: Occasion) -> Plan:
-        fleet = _fleet_of(occasion)
+        fleet = devices_of(occasion, "DeviceRounds")
         begin, attempts = max(occasion.clock, self._not_before), []
         dropped: dict[ClientId, str] = {}
         counts: Counter[str] = Counter()
@@ -286,15 +286,6 @@ class DeviceRounds(Schedule):
         self.participants.load_state_dict(state["participants"])
         self.tallies.load_state_dict(state["tallies"])
         self._not_before = float(state["not_before"])
-
-
-def _fleet_of(occasion: Occasion) -> DeviceFleet:
-    if not isinstance(occasion.timing, DeviceFleet):
-        raise MisconfigurationException(
-            f"DeviceRounds needs devices, got fleet={occasion.timing!r}. Write FederatedTrainer(fleet=DeviceFleet("
-            "profile='smartphones'), schedule=DeviceRounds(...))."
-        )
-    return occasion.timing
 
 
 def _check(over_selection: float, deadline: float | None, min_reports: int | float, stragglers: str) -> None:

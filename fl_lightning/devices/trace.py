@@ -114,13 +114,21 @@ def read_trace(path: str | os.PathLike[str], max_gap_seconds: float) -> Trace:
 
     Args:
         path: a CSV file in UTF-8.
-        max_gap_seconds: longest time between two rows of a device, and from the clock's start, 0, to its first one.
+        max_gap_seconds: longest time between two rows of a device, and from the clock's start, 0, to its first one;
+            > 0, in seconds.
 
     Raises:
-        MisconfigurationException: names the line: an unknown column, an empty or impossible value, times that go
-            backwards, a gap between two times or before the first one, a device whose rows are not together.
+        MisconfigurationException: for ``max_gap_seconds`` that is no number above zero; names the line of an unknown
+            column, an empty or impossible value, times that go backwards, a gap between two times or before the first
+            one, a device whose rows are not together.
     """
     file_path = Path(path)
+    number = isinstance(max_gap_seconds, int | float) and not isinstance(max_gap_seconds, bool)
+    if not number or not max_gap_seconds > 0:  # NaN is not above zero either
+        raise MisconfigurationException(
+            f"DeviceFleet.from_trace expected max_gap_seconds > 0, or float('inf') for traces with gaps of any length, "
+            f"got {max_gap_seconds!r}. A day is 86400.0."
+        )
     if not file_path.is_file():
         raise MisconfigurationException(f"DeviceFleet.from_trace expected a CSV file, found none at {file_path}.")
     with open(file_path, newline="", encoding="utf-8") as file:

@@ -14,10 +14,11 @@ from fl_lightning.devices.energy import EnergyModel
 from fl_lightning.devices.fleet import DeviceFleet
 from fl_lightning.devices.participants import Participants
 from fl_lightning.devices.policies import Circumstances, WorkPolicy, adapted
+from fl_lightning.errors import MisconfigurationException
 from fl_lightning.schedules.plan import Occasion
 from fl_lightning.types import ClientId, Work
 
-__all__ = ["EMPTY", "GAVE_UP", "OFFLINE", "Trips", "send"]
+__all__ = ["EMPTY", "GAVE_UP", "OFFLINE", "Trips", "devices_of", "send"]
 
 Floats = NDArray[np.float64]
 GAVE_UP = "gave up"
@@ -60,6 +61,20 @@ class Trips:
         part = np.where(whole > 0, (ended - self.begin) / np.where(whole > 0, whole, 1.0), 1.0)
         done: Floats = self.watt_hours * np.clip(part, 0.0, 1.0)
         return done
+
+
+def devices_of(occasion: Occasion, schedule: str) -> DeviceFleet:
+    """Return the fleet of a federation.
+
+    Raises:
+        MisconfigurationException: names the schedule that needs devices, when they are something else.
+    """
+    if not isinstance(occasion.timing, DeviceFleet):
+        raise MisconfigurationException(
+            f"{schedule} needs devices, got fleet={occasion.timing!r}. Write FederatedTrainer(fleet=DeviceFleet("
+            f"profile='smartphones'), schedule={schedule}(...))."
+        )
+    return occasion.timing
 
 
 def send(

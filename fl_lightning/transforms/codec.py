@@ -154,7 +154,9 @@ class Codec:
             return received, [self._size(lambda: received, [], received)] * len(cohort), sent.state
         rest = {key: tree for key, tree in received.items() if key != "model"}
         beside = self._size(lambda: rest, [], rest)
-        return received, [beside + own for own in sent.num_bytes], sent.state
+        # steps and what stands beside them are two messages; where one with the whole model is shorter, that goes out
+        whole = self._size(lambda: received, [], received)
+        return received, [min(whole, beside + own) for own in sent.num_bytes], sent.state
 
     def finish(self, total: Contribution, round: int, state: State) -> tuple[Contribution, State]:
         """Decode what is linear on the sum of a round, and let the transforms change it; returns their next state."""

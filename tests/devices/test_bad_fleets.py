@@ -176,6 +176,12 @@ def test_a_damaged_trace_names_its_line(tmp_path: Path, lines: list[str], messag
         DeviceFleet.from_trace(written(tmp_path, *lines))
 
 
+@pytest.mark.parametrize("gap", [float("nan"), 0.0, -1.0, "a day", True])
+def test_a_longest_gap_that_is_no_time_is_refused(tmp_path: Path, gap: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=r"expected max_gap_seconds > 0.*got .*86400\.0"):
+        DeviceFleet.from_trace(written(tmp_path, "client_id,seconds,online", "a,0,1"), max_gap_seconds=gap)
+
+
 def test_a_trace_that_is_not_there_and_a_client_that_it_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="found none at"):
         DeviceFleet.from_trace(tmp_path / "nothing.csv")

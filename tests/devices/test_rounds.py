@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fl_lightning.devices import (
     AdaptiveEpochs,
+    AdaptiveWidth,
     DeadlineSteps,
     DeviceFleet,
     DeviceRounds,
@@ -62,6 +63,23 @@ def test_partial_work_is_the_steps_that_fit() -> None:
     assert slow.dropped == {"z": "missed the deadline"}, "not one step fits"
     margin = DeviceRounds(deadline=4.0, policies=[DeadlineSteps(margin=0.5)]).plan(occasion(fleet, ["d"], 1))
     assert margin.dispatches[0].work.steps == 1  # 2 seconds, half a second of them under way
+
+
+def test_a_step_of_a_narrow_model_costs_the_square_of_its_width() -> None:
+    """In time, in energy, and in what a policy behind the one that chose the width is told of a step."""
+    memory = {"a": 6.0, "b": 6.0, "c": 3.0, "d": 1.5}
+    fleet = named(SPEEDS, memory_gb=memory.__getitem__, train_watts=3.6, battery_wh=10.0, charge_hours=0.0)
+    narrow = DeviceRounds(policies=[AdaptiveWidth(memory_gb=6.0)])
+    plan = narrow.plan(occasion(fleet, list("abcd"), 4))
+    done = {d.client_id: (d.work.width, d.done_at) for d in plan.dispatches}
+    assert done == {"a": (1.0, 1.0), "b": (1.0, 2.0), "c": (0.5, 5.0 / 4), "d": (0.25, 10.0 / 16)}
+    joules = 3.6 * (1.0 + 2.0 + 5.0 / 4 + 10.0 / 16)
+    assert plan.metrics["devices/energy_wh_estimate"] == pytest.approx(joules / 3600)
+    both = DeviceRounds(deadline=0.5, policies=[AdaptiveWidth(memory_gb=6.0), DeadlineSteps(margin=0.0)])
+    (only,) = both.plan(occasion(fleet, ["d"], 1)).dispatches
+    assert only.work.steps == 8, "a step takes a sixteenth of a second, and eight of them fit"
+    given = DeviceRounds().plan(occasion(fleet, ["d"], 1, work=Work(width=0.5)))
+    assert given.dispatches[0].done_at == 10.0 / 4, "a width that was there before any policy counts as well"
 
 
 def test_low_batteries_get_less_work_and_full_ones_all_of_it_again() -> None:
