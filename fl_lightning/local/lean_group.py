@@ -73,6 +73,8 @@ class Group:
         linears = FusedLinears.of(self.module, self._names)
         fuses = fuses and plain_sgd(self._optimizer) and not self._corrections.templates and not facts.clip
         self._fused = linears if fuses else FusedLinears({})
+        self._places = [(name, self._names.index(name)) for name in self._fused.parts]
+        self._rest = [name for name in self._names if name not in self._fused.parts]
         turned = linears.parts.keys() - self._fused.parts.keys()
         self.params = [
             stacked(p.detach(), len(members), turned=name in turned) for name, p in zip(self._names, order, strict=True)
@@ -199,13 +201,12 @@ class Group:
             return list(torch.autograd.grad(losses.sum(), list(leaves.values()))), logged
         loss = losses.sum()
         outputs = self._fused.outputs(loss, leaves, kept)
-        rest = [name for name in self._names if name not in self._fused.parts]
-        found = torch.autograd.grad(loss, [*outputs, *(leaves[name] for name in rest)])
-        decays = [group["weight_decay"] for group in self._optimizer.param_groups]
-        for name, at, grad in zip(self._fused.parts, map(self._names.index, self._fused.parts), found, strict=False):
+        found = torch.autograd.grad(loss, [*outputs, *(leaves[name] for name in self._rest)])
+        for (name, at), grad in zip(self._places, found, strict=False):
             group = self._group_of[at]
-            step_weight(params[at], kept[name][0], grad, rates[group], decays[group])
-        grads = dict(zip(rest, found[len(outputs) :], strict=True))
+            decay = self._optimizer.param_groups[group]["weight_decay"]
+            step_weight(params[at], kept[name][0], grad, rates[group], decay)
+        grads = dict(zip(self._rest, found[len(outputs) :], strict=True))
         return [grads.get(name) for name in self._names], logged
 
     def _loss(self, params: Tree, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor], Any]:
