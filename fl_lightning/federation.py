@@ -30,7 +30,7 @@ from fl_lightning.local.client import ClientResult, Failure, reseed
 from fl_lightning.local.job import ClientData, Job
 from fl_lightning.local.recorder import Record
 from fl_lightning.local.settings import LocalSettings
-from fl_lightning.schedules import assign_waves, lanes_of_rank, require_delivered
+from fl_lightning.schedules import Patience, assign_waves, lanes_of_rank, require_delivered
 from fl_lightning.schedules.plan import Plan
 from fl_lightning.seeding import seed_everywhere, seed_for
 from fl_lightning.store import ClientStore
@@ -90,6 +90,7 @@ class Federation:
         self.state: State = self.wire.start(self.algorithm.init_state(self.model()), sums_blindly)
         dispatcher.bytes_down = dispatcher.bytes_up = num_bytes([self.model(), self.buffers()])
         self.store: ClientStore | None = None
+        self.patience = Patience()
         self.bytes_asked: Counter[ClientId] = Counter()
         """Bytes that clients downloaded in this round to answer a question of the sampler."""
         self.bytes_answered: Counter[ClientId] = Counter()
@@ -253,7 +254,8 @@ class Federation:
         tasks: Sequence[ClientTask],
     ) -> tuple[Tree, State, dict[str, Tensor]]:
         """Return the server optimizer's gradient, the algorithm's next state and the next running statistics."""
-        if self.dispatcher.drew_nobody and not tasks:
+        waits = self.algorithm.asynchronous and self.settings.min_clients == 1  # for those that are still at work
+        if (self.dispatcher.drew_nobody and not tasks) or (waits and self.patience.lasts(report)):
             # no gradient at all, and not one of zeros: torch's optimizers then leave momentum and weights alone
             return {}, self.state, {}
         require_delivered(report, self.settings.min_clients)

@@ -10,7 +10,14 @@ from fl_lightning.schedules.samplers import (
     RoundRobinSampler,
     SizeSampler,
 )
-from fl_lightning.schedules.sampling import Sampler, UniformSampler, cohort_size, require_delivered, require_enough
+from fl_lightning.schedules.sampling import (
+    Patience,
+    Sampler,
+    UniformSampler,
+    cohort_size,
+    require_delivered,
+    require_enough,
+)
 from fl_lightning.schedules.synchronous import SynchronousSchedule
 
 __all__ = [
@@ -19,6 +26,7 @@ __all__ = [
     "Dispatch",
     "FixedSampler",
     "Occasion",
+    "Patience",
     "Plan",
     "PoissonSampler",
     "PowerOfChoiceSampler",

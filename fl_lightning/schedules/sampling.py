@@ -13,7 +13,7 @@ from fl_lightning.schedules.plan import Delivery, Plan
 from fl_lightning.seeding import seed_for
 from fl_lightning.types import ClientId, Population, RoundReport
 
-__all__ = ["Sampler", "UniformSampler", "cohort_size", "require_delivered", "require_enough"]
+__all__ = ["Patience", "Sampler", "UniformSampler", "cohort_size", "require_delivered", "require_enough"]
 
 
 def cohort_size(clients_per_round: int | float | None, num_clients: int) -> int:
@@ -114,6 +114,27 @@ def require_enough(available: int, min_clients: int, round: int, advice: str | N
             f"{'client is' if available == 1 else 'clients are'} available to it. "
             f"{Sampler().advice(available) if advice is None else advice}"
         )
+
+
+class Patience:
+    """Bears a few rounds in a row of which every update was refused, where others are at work and will report.
+
+    With asynchronous algorithms a round may be a single update; that it cannot be used is no reason to end training.
+
+    Example:
+        >>> patience, refused = Patience(most=2), RoundReport(0, [], skipped={"a": "its payload is cut off"})
+        >>> [patience.lasts(report) for report in (refused, refused, RoundReport(2, ["b"]), refused, refused, refused)]
+        [True, True, False, True, True, False]
+    """
+
+    def __init__(self, most: int = 100) -> None:
+        self.most = most
+        self._in_a_row = 0
+
+    def lasts(self, report: RoundReport) -> bool:
+        """Return whether the round is one of those, and not one too many."""
+        self._in_a_row = self._in_a_row + 1 if report.skipped and not report.cohort else 0
+        return 0 < self._in_a_row <= self.most
 
 
 def require_delivered(report: RoundReport, min_clients: int) -> None:

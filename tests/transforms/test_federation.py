@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from spine_zoo import Classifier, assert_same_bits, fit_federated, sites, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from transforms_zoo import TRANSFORMS
+from transforms_zoo import TRANSFORMS, Tampered
 
-from fl_lightning import ErrorFeedback, FedAvg, FedBuff, Quantize, RandomK, Scaffold, TopK, chain
+from fl_lightning import ErrorFeedback, FedAsync, FedAvg, FedBuff, Quantize, RandomK, Scaffold, TopK, chain
 from fl_lightning.algorithms import Algorithm, MimeLite
 from fl_lightning.callbacks import Compression
 from fl_lightning.engines import SpawnedEngine
 from fl_lightning.errors import BadUpdateError, MisconfigurationException, NotEnoughClientsError
+from fl_lightning.schedules import Patience
 from fl_lightning.transforms import Codec, CompressedBroadcast, Transform
 from fl_lightning.types import ClientTask, Contribution
 from fl_lightning.wire import pack
@@ -90,6 +92,38 @@ def test_both_loops_give_the_same_bits_and_the_same_bytes(name: str) -> None:
     assert any(not torch.equal(lean[n], START[n]) for n in lean)
     plain, _ = train(None)
     assert any(not torch.equal(lean[n], plain[n]) for n in lean)
+
+
+@every_transform
+def test_asynchronous_rounds_in_step_and_a_pickled_codec_give_the_same_bits(name: str) -> None:
+    """A buffer of everyone, who are equally fast, is FedAvg; and what a client's process is sent encodes alike."""
+    steps = {"local_epochs": None, "local_steps": 1}
+    if "shared" in name:  # decoded on a sum, which asynchronous rounds have none of
+        with pytest.raises(MisconfigurationException, match=r"decoded on the sum of a round.*Write shared=False"):
+            train([TRANSFORMS[name]()], algorithm=FedBuff(3, 3), **steps)
+        return
+    (buffered, first), (whole, second) = (
+        train([TRANSFORMS[name]()], algorithm=algorithm, **steps) for algorithm in (FedBuff(3, 3), FedAvg())
+    )
+    assert_same_bits(buffered, whole)
+    assert [r.num_bytes_up for r in first.round_history] == [r.num_bytes_up for r in second.round_history]
+    codec, update = Codec([TRANSFORMS[name]()], 0, START), Contribution({"delta": START}, {"weight": 2.0})
+    codec.init()
+    task = ClientTask("a", 3, 17, {}, seed=0)
+    assert pickle.loads(pickle.dumps(codec)).encode(update, task, {})[0] == codec.encode(update, task, {})[0]
+
+
+@every_transform
+def test_a_group_s_updates_are_encoded_as_those_of_its_clients_alone(name: str) -> None:
+    """To rounding, which moves a code of a few bits or a place among the largest in few of them."""
+    settings = {"max_rounds": 1, "local_loop": "lean", "num_lanes": 1}
+    (grouped, first), (alone, second) = (train([TRANSFORMS[name]()], group_size=n, **settings) for n in (3, 1))
+    moved = {n: alone[n] - START[n] for n in START}
+    error = sum(float((grouped[n] - alone[n]).square().sum()) for n in START)
+    assert error <= 0.01 * sum(float(change.square().sum()) for change in moved.values())
+    (one,), (other,) = first.round_history, second.round_history
+    assert one.num_bytes_down == other.num_bytes_down
+    assert abs(one.num_bytes_up - other.num_bytes_up) <= 24
 
 
 @every_transform
@@ -171,16 +205,6 @@ def test_a_new_process_for_each_client_gives_the_same_bits() -> None:
     assert [r.num_bytes_up for r in first.round_history] == [r.num_bytes_up for r in second.round_history]
 
 
-class Tampered(FedAvg):
-    """Client s1 makes a weight that no float32 holds."""
-
-    def contribute(self, update: Any, task: Any, memory: Any) -> Any:
-        contribution, kept = super().contribute(update, task, memory)
-        if task.client_id == "s1":
-            contribution.trees["delta"] = {n: t * float("inf") for n, t in contribution.trees["delta"].items()}
-        return contribution, kept
-
-
 def test_a_contribution_that_is_not_finite_is_a_bad_update_of_its_client() -> None:
     with pytest.raises(BadUpdateError, match=r"Client 's1' failed in round 0: its contribution has NaN or infinite"):
         train([Quantize(8)], algorithm=Tampered())
@@ -199,7 +223,13 @@ def tampering(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     monkeypatch.setattr(Codec, "encode", sent)
 
 
-@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d + b"x", lambda d: b"", lambda d: bytes(5_000_000)])
+def flipped(data: bytes) -> bytes:
+    return data[:-3] + bytes([data[-3] ^ 4]) + data[-2:]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda d: d[:-1], lambda d: d + b"x", lambda d: b"", lambda d: bytes(5_000_000), flipped]
+)
 def test_a_bad_payload_names_its_client_and_the_round_goes_on(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tampering(monkeypatch, change)
     with pytest.raises(BadUpdateError, match=r"Client 's1' failed in round 0: .*(cannot be read|at most \d+ bytes)"):
@@ -210,6 +240,37 @@ def test_a_bad_payload_names_its_client_and_the_round_goes_on(change: Any, monke
     assert any(not torch.equal(after[n], START[n]) for n in after)
     with pytest.warns(UserWarning, match="is skipped"), pytest.raises(NotEnoughClientsError):
         train([TopK(0.2)], on_bad_update="skip", min_clients=3)
+
+
+@pytest.mark.parametrize(("algorithm", "cohorts"), [(FedBuff(2, 3), {1, 2}), (FedAsync(0.5, 3), {0, 1})])
+def test_asynchronous_rounds_go_on_without_a_bad_payload(
+    algorithm: Algorithm, cohorts: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it was the only update of its round: others are at work, and the server waits for them."""
+    tampering(monkeypatch, flipped)
+    with pytest.raises(BadUpdateError, match=r"Client 's1' failed in round \d: .*checksum.*send them again"):
+        train([TopK(0.2)], algorithm=algorithm)
+    with pytest.warns(UserWarning, match="Client 's1' is skipped"):
+        after, trainer = train([TopK(0.2)], algorithm=algorithm, on_bad_update="skip", max_rounds=6)
+    history = trainer.round_history
+    assert {len(report.cohort) for report in history} == cohorts
+    assert {client for report in history for client in report.cohort} == {"s0", "s2"}
+    assert {client for report in history for client in report.skipped} == {"s1"}
+    assert any(not torch.equal(after[n], START[n]) for n in after)
+
+
+def test_an_asynchronous_federation_of_none_but_bad_clients_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Codec, "encode", lambda *_: (b"", None))
+    monkeypatch.setattr(Patience, "__init__", lambda self: self.__dict__.update(most=2, _in_a_row=0))
+    with pytest.warns(UserWarning, match="is skipped"), pytest.raises(NotEnoughClientsError, match=r"Round 2 needs"):
+        train([TopK(0.2)], algorithm=FedAsync(0.5, 3), on_bad_update="skip", max_rounds=6)
+
+
+def test_a_bad_payload_from_another_process_names_its_client() -> None:
+    arguments = {"algorithm": Tampered(), "engine": SpawnedEngine(), "local_loop": "lightning", "max_rounds": 1}
+    with pytest.warns(UserWarning, match="Client 's1' is skipped in round 0: its contribution has NaN or infinite"):
+        _, trainer = train([Quantize(8)], on_bad_update="skip", **arguments)
+    assert trainer.round_history[0].cohort == ["s0", "s2"]
 
 
 def test_the_payload_of_another_round_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

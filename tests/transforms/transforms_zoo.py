@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fl_lightning import FedAvg
 from fl_lightning.transforms import (
     Cast,
     Codec,
@@ -84,3 +85,13 @@ def decoded(transform: Transform, delta: Tree, seed: int = 0, client_id: Any = "
 
 def vector(transform: Transform, x: Tensor, seed: int = 0) -> Tensor:
     return decoded(transform, {"x": x}, seed)["x"]
+
+
+class Tampered(FedAvg):
+    """Client s1 makes a weight that no float32 holds."""
+
+    def contribute(self, update: Any, task: Any, memory: Any) -> Any:
+        contribution, kept = super().contribute(update, task, memory)
+        if task.client_id == "s1":
+            contribution.trees["delta"] = {n: t * float("inf") for n, t in contribution.trees["delta"].items()}
+        return contribution, kept
