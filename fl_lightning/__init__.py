@@ -3,6 +3,7 @@
 from fl_lightning.algorithms import (
     AFL,
     APFL,
+    BufferedHeteroFL,
     Ditto,
     FedAdagrad,
     FedAdam,
@@ -43,6 +44,7 @@ __all__ = [
     "AFL",
     "APFL",
     "IID",
+    "BufferedHeteroFL",
     "ClientTask",
     "ClientUpdate",
     "CoordinateMedian",

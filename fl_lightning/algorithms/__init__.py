@@ -3,6 +3,7 @@
 from fl_lightning.algorithms.afl import AFL
 from fl_lightning.algorithms.apfl import APFL
 from fl_lightning.algorithms.base import Algorithm
+from fl_lightning.algorithms.bufferedheterofl import BufferedHeteroFL
 from fl_lightning.algorithms.fedasync import FedAsync
 from fl_lightning.algorithms.fedavg import FedAvg
 from fl_lightning.algorithms.fedbuff import FedBuff
@@ -21,6 +22,7 @@ __all__ = [
     "AFL",
     "APFL",
     "Algorithm",
+    "BufferedHeteroFL",
     "Ditto",
     "FedAdagrad",
     "FedAdam",

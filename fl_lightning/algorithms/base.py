@@ -113,7 +113,7 @@ class Algorithm:
         """
         instead = "Use algorithm=HeteroFL(), or leave out width and AdaptiveWidth."
         if self.asynchronous:
-            instead = "Narrower models need rounds in step (HeteroFL): leave out width and AdaptiveWidth."
+            instead = "Use algorithm=BufferedHeteroFL(...), or leave out width and AdaptiveWidth."
         raise MisconfigurationException(
             f"{type(self).__name__} sums whole models, and a client was asked to train {width:g} of its width. "
             f"{instead}"

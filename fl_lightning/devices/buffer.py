@@ -115,6 +115,8 @@ class DeviceBuffer(BufferedSchedule):
         fleet, ids = devices_of(occasion, "DeviceBuffer"), [client_id]
         trips = send(occasion, fleet, self.participants, ids, at, None, self.policies, self.energy, attempt=repeat)
         dispatch = occasion.dispatch(client_id, dispatch_id, at, trips.works[0], repeat)
+        if dispatch.work.width != 1.0:  # its steps are cheaper than those that the dispatch was timed by
+            dispatch = replace(dispatch, done_at=float(trips.reports_at[0]))
         if math.isfinite(trips.lost_at[0]):
             dispatch = replace(dispatch, done_at=float(trips.lost_at[0]))
         end = np.array([dispatch.done_at])

@@ -17,6 +17,7 @@ from fl_lightning.algorithms import (
     AFL,
     APFL,
     Algorithm,
+    BufferedHeteroFL,
     Ditto,
     FedAdagrad,
     FedAdam,
@@ -40,6 +41,7 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "AFL": partial(AFL, 0.2),
     "APFL": partial(APFL, 0.6),
     "APFL adaptive": partial(APFL, 0.6, True),
+    "BufferedHeteroFL": partial(BufferedHeteroFL, 2),
     "Ditto": partial(Ditto, 0.3),
     "FedAdagrad": FedAdagrad,
     "FedAdam": FedAdam,
@@ -68,7 +70,7 @@ WITH_OWN_MODELS = ("APFL", "APFL adaptive", "Ditto", "FedPer", "FedRep")
 
 def drawn(name: str, clients_per_round: int) -> dict[str, int]:
     """Return the argument that draws a cohort; an asynchronous algorithm keeps clients at work instead."""
-    return {} if name in ("FedAsync", "FedBuff") else {"clients_per_round": clients_per_round}
+    return {} if name in ("BufferedHeteroFL", "FedAsync", "FedBuff") else {"clients_per_round": clients_per_round}
 
 
 class Net(pl.LightningModule):

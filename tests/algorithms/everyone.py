@@ -26,7 +26,7 @@ from fl_lightning.algorithms.fltrust import FLTrust
 from fl_lightning.algorithms.server_optimizers import ServerAdagrad, ServerAdam, ServerYogi
 
 EVERYONE: dict[str, Callable[[], Algorithm]] = {**ALGORITHMS, **RULES}
-ASYNCHRONOUS = ("FedAsync", "FedBuff")
+ASYNCHRONOUS = ("BufferedHeteroFL", "FedAsync", "FedBuff")
 ALONE = {  # never in groups, and why
     "AFL": "callback StartPass",
     "APFL": "callback _Mixture",
@@ -68,7 +68,7 @@ def some_of(name: str) -> dict[str, int]:
 def train(name: str, module: pl.LightningModule, data: Any = None, rounds: int = 2, **arguments: Any) -> Any:
     """Train by one of everyone, clients by default for an epoch, and return the trainer."""
     pl.seed_everything(5, verbose=False)
-    if name == "HeteroFL":
+    if name in ("BufferedHeteroFL", "HeteroFL"):
         arguments.setdefault("client_overrides", narrow)
     ckpt_path = arguments.pop("ckpt_path", None)
     trainer: FederatedTrainer = quiet_trainer(

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fl_lightning import DeviceFleet, FedAvg, FedBuff, FederatedTrainer, HeteroFL
+from fl_lightning import BufferedHeteroFL, DeviceFleet, FedAvg, FedBuff, FederatedTrainer, HeteroFL
 from fl_lightning.algorithms.heterofl import kept_lengths
-from fl_lightning.devices import AdaptiveWidth, DeviceRounds
+from fl_lightning.devices import AdaptiveWidth, DeviceBuffer, DeviceRounds
 from fl_lightning.errors import MisconfigurationException
+from fl_lightning.types import Arrival, Contribution
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
@@ -112,6 +113,56 @@ def test_with_everyone_at_full_width_it_is_fedavg_to_the_bit() -> None:
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+def test_a_buffer_of_everyone_is_heterofl_and_one_of_whole_models_is_fedbuff() -> None:
+    overrides = {"a": {"width": 0.5}, "c": {"width": 0.25}}
+    work = {"local_epochs": None, "local_steps": 2}  # equally long for everyone
+    steps, buffered = {"client_overrides": overrides, **work}, BufferedHeteroFL(3, 3)
+    for algorithms, arguments in (
+        ((buffered, HeteroFL()), steps),
+        ((BufferedHeteroFL(2, 3), FedBuff(2, 3)), {"max_rounds": 4}),
+    ):
+        results = []
+        for algorithm in algorithms:
+            torch.manual_seed(0)
+            results.append(fit(mlp(), algorithm, **arguments))
+        assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    torch.manual_seed(0)
+    whole = fit(mlp(), BufferedHeteroFL(3, 3), **work)
+    assert any(not torch.equal(results[0][name], whole[name]) for name in whole)
+
+
+def test_in_a_buffer_the_discount_shortens_the_step_of_each_entry() -> None:
+    """Three numbers by hand: a stale update of the whole model, weight 1, and a fresh narrow one, weight 3."""
+    algorithm = BufferedHeteroFL(2, server_lr=1.0)
+    shapes = {"a.weight": (2, 1), "b.weight": (1, 2)}
+    old = Contribution({"delta": {n: torch.full(s, 8.0) for n, s in shapes.items()}}, {"weight": 1.0, "width 1.0": 1.0})
+    new = {"a.weight": torch.tensor([[6.0], [0.0]]), "b.weight": torch.tensor([[6.0, 0.0]])}
+    fresh = Contribution({"delta": new}, {"weight": 3.0, "width 0.5": 3.0})
+    stale = algorithm.receive(old, Arrival(staleness=3))  # halved
+    delta = {n: stale.trees["delta"][n] + new[n] for n in shapes}
+    total = Contribution({"delta": delta}, {"weight": 4.0, "width 1.0": 1.0, "width 0.5": 3.0})
+    gradient, _ = algorithm.apply(total, {}, 2)
+    # entries of both: (4 + 6) / 4; those of the whole model alone: 4 / 1
+    assert algorithm.receive(fresh, Arrival(staleness=0)) is fresh
+    assert gradient["a.weight"].flatten().tolist() == [-2.5, -4.0]
+    assert gradient["b.weight"].flatten().tolist() == [-2.5, -4.0]
+
+
+def test_narrow_models_of_small_devices_arrive_earlier_in_a_buffer() -> None:
+    memory = {"a": 8.0, "b": 3.0, "c": 1.0}
+    fleet = DeviceFleet(memory_gb=memory.__getitem__)
+    pl.seed_everything(1, verbose=False)
+    arguments = {"algorithm": BufferedHeteroFL(1, 3), "max_rounds": 5, "fleet": fleet, "local_steps": 4, **QUIET}
+    policies = DeviceBuffer(policies=[AdaptiveWidth(memory_gb=6.0, smallest=0.25)])
+    trainer = FederatedTrainer(schedule=policies, **arguments)
+    trainer.fit(Net(mlp()), data())
+    reports = trainer.round_history
+    # four steps take "c" a sixteenth of four seconds and "b" a quarter of them
+    assert [(r.cohort, r.metrics["simulated_seconds"]) for r in reports] == [
+        (["c"], 0.25), (["c"], 0.5), (["c"], 0.75), (["b"], 1.0), (["c"], 1.0),
+    ]  # fmt: skip
+
+
 def test_a_policy_gives_small_devices_a_narrow_model_and_less_time() -> None:
     memory = {"a": 8.0, "b": 3.0, "c": 1.0}
     fleet = DeviceFleet(memory_gb=lambda client_id: memory[client_id])
@@ -176,7 +227,8 @@ def test_who_asks_for_widths_is_told_what_has_them() -> None:
     with pytest.raises(MisconfigurationException, match=r"FedAvg sums whole models.*Use algorithm=HeteroFL\(\)"):
         fit(mlp(), FedAvg(), client_overrides=overrides)
     with pytest.raises(
-        MisconfigurationException, match=r"FedBuff sums whole models.*rounds in step \(HeteroFL\): leave"
+        MisconfigurationException,
+        match=r"FedBuff sums whole models.*Use algorithm=BufferedHeteroFL\(\.\.\.\), or leave",
     ):
         fit(mlp(), FedBuff(1, concurrency=1), client_overrides={name: {"width": 0.5} for name in "abc"})
     with pytest.raises(MisconfigurationException, match=r"\['width'\] in \(0, 1\], got 1\.5"):
