@@ -11,74 +11,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import ManualOptimBoringModel, RandomDataset
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from small_training import QUIET, Net, by_hand, data, plain_fit, same
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from fl_lightning import FederatedTrainer
 from fl_lightning.algorithms import FedAvg, FedProx
 from fl_lightning.callbacks import GradientClip, GradientCorrection, GradientNoise, ProximalTerm, StepCounter
-from fl_lightning.callbacks.step_counter import UnitGradient
 from fl_lightning.types import ClientTask
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-
-
-class Net(pl.LightningModule):
-    def __init__(self, optimizer: Any = None) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
-        self.optimizer = optimizer or (lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
-
-    def loss(self, batch: Any) -> Tensor:
-        x, y = batch
-        return F.cross_entropy(self.head(torch.tanh(self.body(x))), y)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.loss(batch)
-
-    def configure_optimizers(self) -> Any:
-        return self.optimizer(self.parameters())
-
-
-def data(num_examples: int = 24, seed: int = 0, batch_size: int = 4) -> DataLoader[Any]:
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(num_examples, 6, generator=draw)
-    return DataLoader(TensorDataset(x, torch.randint(3, (num_examples,), generator=draw)), batch_size=batch_size)
-
-
-def plain_fit(
-    module: pl.LightningModule, *callbacks: Callback, epochs: int = 2, loader: Any = None, **arguments: Any
-) -> pl.Trainer:
-    trainer = pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), **{**QUIET, **arguments})
-    trainer.fit(module, loader if loader is not None else data())
-    return trainer
-
-
-def by_hand(module: Net, change: Any, epochs: int = 2, batches: Any = None) -> Net:
-    """Train with plain torch; ``change(module, start, loss)`` returns the loss to descend, or edits gradients."""
-    module = copy.deepcopy(module)
-    start = [p.detach().clone() for p in module.parameters()]
-    optimizer = module.configure_optimizers()
-    for _ in range(epochs):
-        for batch in batches or data():
-            optimizer.zero_grad()
-            loss, edit = change(module, start, module.loss(batch))
-            loss.backward()
-            edit()
-            optimizer.step()
-    return module
-
-
-def same(left: nn.Module, right: nn.Module, tolerance: float = 1e-6) -> bool:
-    pairs = zip(left.parameters(), right.parameters(), strict=True)
-    return all(torch.allclose(a, b, rtol=0, atol=tolerance) for a, b in pairs)
 
 
 def test_the_proximal_term_is_the_gradient_of_the_penalty() -> None:
@@ -224,87 +164,6 @@ def test_noise_in_the_federation_is_drawn_per_client_and_round() -> None:
     assert float(torch.cat(vectors).std()) == pytest.approx(0.1 * 6**0.5, rel=0.15)
 
 
-def momentum_norm(steps: int, rho: float) -> float:
-    return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
-
-
-def proximal_norm(steps: int, rate: float, mu: float) -> float:
-    return (1 - (1 - rate * mu) ** steps) / (rate * mu)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7, 50])
-def test_the_normaliser_is_the_papers(steps: int) -> None:
-    def norm(mu: float = 0.0, rates: Any = None, **settings: Any) -> float:
-        walk = UnitGradient(mu)
-        for step in range(steps):
-            walk.step(lr=0.1 if rates is None else rates(step), **settings)
-        return walk.a_norm
-
-    assert norm() == steps
-    for rho in (0.5, 0.9):
-        assert norm(momentum=rho) == pytest.approx(momentum_norm(steps, rho), abs=1e-10)
-    for mu in (0.1, 3.0):
-        assert norm(mu) == pytest.approx(proximal_norm(steps, 0.1, mu), abs=1e-10)
-    assert norm(rates=lambda step: 0.2 * 0.9**step) == pytest.approx((1 - 0.9**steps) / (1 - 0.9), abs=1e-10)
-
-
-@pytest.mark.parametrize(
-    ("settings", "mu"),
-    [
-        ({}, 0.0),
-        ({"momentum": 0.9}, 0.0),
-        ({"momentum": 0.9, "dampening": 0.5}, 0.0),
-        ({"momentum": 0.7, "nesterov": True}, 0.0),
-        ({}, 2.0),
-        ({"momentum": 0.8}, 1.0),
-    ],
-)
-def test_the_normaliser_is_what_torchs_sgd_makes_of_a_unit_gradient(settings: dict[str, Any], mu: float) -> None:
-    class Slope(pl.LightningModule):
-        """Its gradient is one everywhere."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.x = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.x.sum()
-
-        def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.SGD([self.x], lr=0.1, **settings)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-    counter, module = StepCounter(mu), Slope()
-    plain_fit(module, counter, ProximalTerm(mu))
-    assert counter.num_steps == 12
-    assert counter.a_norm is not None
-    assert counter.distance == pytest.approx(-float(module.x.detach()), abs=1e-12)
-    assert counter.a_norm * counter.lr == pytest.approx(counter.distance)
-
-
-def test_accumulated_batches_are_one_step() -> None:
-    counter = StepCounter()
-    plain_fit(Net(), counter, accumulate_grad_batches=4)
-    assert counter.num_steps == 4  # six batches an epoch: one step after four, one after the last
-    assert counter.a_norm == pytest.approx(momentum_norm(4, 0.9))
-
-
-def test_a_counter_starts_anew_and_lets_go_of_the_optimizer() -> None:
-    counter = StepCounter()
-    trainer = plain_fit(Net(), counter)
-    assert counter.num_steps == 12
-    trainer.optimizers[0].step()
-    assert counter.num_steps == 12
-    plain_fit(Net(), counter, epochs=1)
-    assert counter.num_steps == 6
-
-
-def test_a_counter_refuses_a_proximal_term_of_another_strength() -> None:
-    with pytest.raises(MisconfigurationException, match=r"counts for mu=1.0.*mu=2.0 runs.*StepCounter\(mu=2.0"):
-        plain_fit(Net(), StepCounter(1.0), ProximalTerm(2.0))
-
-
 def test_a_term_pulls_towards_the_start_of_each_fit() -> None:
     term, first, second = ProximalTerm(0.5), Net(), Net()
     with torch.no_grad():
@@ -319,25 +178,6 @@ def test_a_term_pulls_towards_the_start_of_each_fit() -> None:
     term.begin(given := ClientTask("a", 0, 0, {"model": {}}, seed=0), {})
     plain_fit(first, term)
     assert term.task is given
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "reason"),
-    [
-        (lambda params: torch.optim.Adam(params), "the optimizer is Adam"),
-        (lambda params: torch.optim.SGD(params, lr=0.1, maximize=True), r"climbs (maximize=True)"),
-        (
-            lambda params: torch.optim.SGD([{"params": [next(params)], "lr": 0.1}, {"params": list(params)}], lr=0.2),
-            "parameter groups differ",
-        ),
-    ],
-)
-def test_where_the_normaliser_is_not_defined_the_counter_says_why(optimizer: Any, reason: str) -> None:
-    counter = StepCounter()
-    plain_fit(Net(optimizer), counter)
-    assert counter.num_steps == 12
-    assert counter.a_norm is None
-    assert reason in counter.report()["no_a_norm"]
 
 
 def test_manual_optimization_is_corrected_and_counted() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,8 +14,9 @@ from fl_lightning.local.lean_loop import LeanLoop
 from fl_lightning.local.lightning_loop import LightningLoop
 from fl_lightning.local.worker import copied_module
 from fl_lightning.metrics import Mean
+from fl_lightning.types import ClientUpdate
 
-__all__ = ["Jobs", "assert_alike", "ragged", "together"]
+__all__ = ["Jobs", "assert_alike", "ragged", "together", "updates_of"]
 
 Jobs = Callable[[dict[str, Any]], list[Job]]
 
@@ -39,18 +40,25 @@ def together(
     return list(alone.run(jobs(broadcast))), list(loop.run(jobs(broadcast))), loop
 
 
-def assert_alike(alone: list[Outcome], group: list[Outcome], tolerance: float = 1e-5) -> None:
-    assert [o.job.task.client_id for o in alone] == [o.job.task.client_id for o in group]
-    for left, right in zip(alone, group, strict=True):
+def updates_of(oracle: list[Outcome], other: list[Outcome]) -> Iterator[tuple[ClientUpdate, ClientUpdate]]:
+    """Yield both updates of each client, after what no loop and no group may change: counts and names."""
+    assert [o.job.task.client_id for o in oracle] == [o.job.task.client_id for o in other] != []
+    for left, right in zip(oracle, other, strict=True):
         for outcome in (left, right):
             if outcome.error is not None:
                 raise outcome.error
         a, b = left.update, right.update
         assert a is not None
         assert b is not None
-        assert (a.num_examples, a.num_steps, a.status) == (b.num_examples, b.num_steps, b.status)
-        assert a.a_norm == b.a_norm
+        assert any(bool(delta.abs().max() > 1e-4) for delta in a.delta.values()), "the oracle did not move"
+        assert (a.num_examples, a.num_steps, a.status, a.a_norm) == (b.num_examples, b.num_steps, b.status, b.a_norm)
         assert a.delta.keys() == b.delta.keys()
+        assert a.buffers.keys() == b.buffers.keys()
+        yield a, b
+
+
+def assert_alike(alone: list[Outcome], group: list[Outcome], tolerance: float = 1e-5) -> None:
+    for (a, b), left, right in zip(updates_of(alone, group), alone, group, strict=True):
         for name, delta in a.delta.items():
             assert delta.norm() > 1e-4, "the oracle did not move"
             assert not delta.requires_grad
