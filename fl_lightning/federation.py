@@ -86,8 +86,7 @@ class Federation:
         self.traveling = Traveling.of(module, self.algorithm, settings.batch_norm)
         seed = seed_for(settings.seed, -1, None, TRANSFORMS)
         self.wire = ServerCodec(Codec(settings.transforms, seed, self.model(), self.buffers()), device)
-        sums_blindly = self.algorithm.linear and not self.algorithm.asynchronous
-        self.state: State = self.wire.start(self.algorithm.init_state(self.model()), sums_blindly)
+        self.state: State = self.wire.start(self.algorithm.init_state(self.model()))
         dispatcher.bytes_down = dispatcher.bytes_up = num_bytes([self.model(), self.buffers()])
         self.store: ClientStore | None = None
         self.patience = Patience()

@@ -34,7 +34,7 @@ from fl_lightning.server import same_start, twin_of
 from fl_lightning.store import ClientStore
 from fl_lightning.traveling import Traveling, batch_norm_buffers
 from fl_lightning.types import ClientId, RoundReport
-from fl_lightning.validation import check_overrides, warn_of_strangers
+from fl_lightning.validation import check_overrides, check_server_optimizer, warn_of_strangers
 
 if TYPE_CHECKING:
     from fl_lightning.trainer import FederatedTrainer
@@ -270,6 +270,7 @@ class FederatedFit:
         traveling = Traveling.of(module, algorithm, settings.batch_norm).parameters
         own = dict(module.named_parameters())
         optimizer = algorithm.server_optimizer([own[name] for name in traveling])
+        check_server_optimizer(optimizer)
         if algorithm.server_lr_scheduler is None:
             return optimizer
         scheduler = algorithm.server_lr_scheduler(optimizer)

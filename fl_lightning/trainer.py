@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from fl_lightning.algorithms import Algorithm, FedAvg
+from fl_lightning.algorithms.robust.little import colluding
 from fl_lightning.arguments import divide
 from fl_lightning.data import as_population
 from fl_lightning.data.forwarding import as_lightning_datamodule
@@ -135,8 +136,10 @@ class FederatedTrainer(SavesPersonalModels, EvaluatingTrainer):
         **kwargs: Any,
     ) -> None:
         check_parts({"sampler": sampler, "engine": engine, "client_lr_schedule": client_lr_schedule}, client_callbacks)
+        callbacks = [client_callbacks] if isinstance(client_callbacks, Callback) else client_callbacks or []
+        algorithm, self._client_callbacks = colluding(algorithm if algorithm is not None else FedAvg(), callbacks)
         self.settings = FederationSettings(
-            algorithm=algorithm if algorithm is not None else FedAvg(),
+            algorithm=algorithm,
             clients_per_round=clients_per_round,
             local_epochs=1 if local_epochs is None else local_epochs,
             local_steps=local_steps,
@@ -158,9 +161,6 @@ class FederatedTrainer(SavesPersonalModels, EvaluatingTrainer):
         check_arguments(self.settings, max_rounds, kwargs, self._local, local_epochs)
         check_schedule(self.settings, fleet, sampler, schedule)
         self._client_arguments = divide(kwargs)
-        self._client_callbacks = (
-            [client_callbacks] if isinstance(client_callbacks, Callback) else client_callbacks or []
-        )
         self.log_clients, self.fleet, self.schedule, self.num_threads = log_clients, fleet, schedule, num_threads
         self.sampler = sampler if sampler is not None else UniformSampler()
         self.engine = engine if engine is not None else InProcessEngine()

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
 
 from fl_lightning.algorithms.base import Algorithm
 from fl_lightning.algorithms.robust.little import ALittleIsEnough
 from fl_lightning.callbacks.attacks import Attack
 from fl_lightning.federation_settings import FederationSettings, Overrides, check_override
 from fl_lightning.packages import lightning_base
+from fl_lightning.transforms.chaining import Chain
 from fl_lightning.types import ClientId
 
-__all__ = ["check_arguments", "check_overrides", "check_parts", "warn_of_averaging", "warn_of_strangers"]
+__all__ = [
+    "check_arguments",
+    "check_overrides",
+    "check_parts",
+    "check_server_optimizer",
+    "require_sum",
+    "warn_of_averaging",
+    "warn_of_strangers",
+]
 
 _SHARDING = ("fsdp", "deepspeed", "modelparallel", "model_parallel")
 _CHOICES = {
@@ -61,6 +72,7 @@ def check_arguments(
                 f"local_epochs={local_epochs} and local_steps={settings.local_steps} both say when a client's round "
                 "ends. Give one of them; the other is None (null on the command line)."
             )
+    _check_transforms(settings)
     _at_least_one("evaluate_every_n_rounds", settings.evaluate_every_n_rounds)
     _check_personalize(settings)
     _count_or_fraction("clients_per_round", settings.clients_per_round)
@@ -69,6 +81,56 @@ def check_arguments(
     if not callable(settings.client_overrides):
         for client_id, override in settings.client_overrides.items():
             check_override(client_id, override)
+
+
+def require_sum(algorithm: Algorithm, what: str, instead: str) -> None:
+    """Raise when something works on the sum of a round and the algorithm needs to see every client's own update.
+
+    Whatever decodes sums, hides what they are made of or adds noise to them asks here, and nowhere else.
+
+    Args:
+        algorithm: of the federation.
+        what: what works on the sum, as the beginning of a sentence.
+        instead: what to write instead.
+
+    Raises:
+        MisconfigurationException: for an algorithm that is not ``linear``, or that looks at when updates arrive.
+
+    Example:
+        >>> from fl_lightning.algorithms import FedAvg
+        >>> require_sum(FedAvg(), "RandomK(shared=True) is decoded on the sum of a round", "Write shared=False.")
+    """
+    if algorithm.linear and not algorithm.asynchronous:
+        return
+    why = (
+        "combines every client's own update (linear = False)" if not algorithm.linear else "looks at when each arrived"
+    )
+    raise MisconfigurationException(f"{what}, and {type(algorithm).__name__} {why}. {instead}")
+
+
+def _check_transforms(settings: FederationSettings) -> None:
+    parts = Chain(settings.transforms).parts
+    if parts and parts[0].on_sum:
+        require_sum(settings.algorithm, f"{parts[0]!r} is decoded on the sum of a round", "Write shared=False.")
+
+
+def check_server_optimizer(optimizer: Optimizer) -> None:
+    """Raise for an optimizer that asks for the gradient again: a round gives one.
+
+    Raises:
+        MisconfigurationException: when its ``step`` cannot do without a closure, as ``torch.optim.LBFGS``.
+
+    Example:
+        >>> import torch
+        >>> check_server_optimizer(torch.optim.Adam([torch.zeros(1)]))
+    """
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} evaluates its closure several times in a step, and a round of clients gives "
+            "one gradient for one model. Use an optimizer that steps on one gradient on the server, such as "
+            "server_optimizer=torch.optim.SGD or Adam (FedAvgM, FedAdam); LBFGS can train the clients."
+        )
 
 
 def check_parts(given: Mapping[str, Any], client_callbacks: Any) -> None:

@@ -5,7 +5,7 @@ Each attack is a client callback that acts in chosen clients only::
     FederatedTrainer(algorithm=CoordinateMedian(f=2), client_callbacks=[SignFlip(clients=[3, 7], scale=10.0)])
 
 Honest clients are left alone to the bit. Attacks can be combined: label flips with model replacement are the usual
-backdoor. ``fl_lightning.algorithms.ALittleIsEnough`` is the attack of clients that know each other's updates.
+backdoor. :class:`LittleIsEnough` is the attack of clients that know each other's updates.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from fl_lightning.callbacks.base import ClientCallback
-from fl_lightning.callbacks.checks import non_negative, positive
+from fl_lightning.callbacks.checks import finite, flag, non_negative, positive
 from fl_lightning.seeding import seed_for
 from fl_lightning.types import ClientId, ClientTask, Memory, Tree
 
-__all__ = ["Attack", "LabelFlip", "ModelReplacement", "NoiseAttack", "SignFlip", "UpdateAttack"]
+__all__ = ["Attack", "LabelFlip", "LittleIsEnough", "ModelReplacement", "NoiseAttack", "SignFlip", "UpdateAttack"]
 
 
 class Attack(ClientCallback):
@@ -49,6 +49,44 @@ class Attack(ClientCallback):
 
     def begin(self, task: ClientTask, memory: Memory) -> None:
         self.task = task if task.client_id in self.clients else None
+
+
+class LittleIsEnough(Attack):
+    r"""The attackers train honestly, tell each other what came out, and all send the same small lie.
+
+    .. math:: \delta_k \leftarrow \mu - z\,\sigma \qquad \text{for every attacker } k
+
+    with mean and standard deviation, by coordinate, of the attackers' own honest updates of the round, which is what
+    the paper's attackers know; two or more of them must be in the cohort. It stays inside the spread of honest clients
+    and does not average out.
+
+    A callback of one client cannot know what another one has trained: the attackers' channel is the simulation, which
+    replaces their updates where they are side by side. ``FederatedTrainer`` therefore takes this callback off the
+    clients and wraps its algorithm as :class:`~fl_lightning.algorithms.robust.ALittleIsEnough` does; the two ways to
+    write it give the same bits, in every loop and engine.
+
+    Args:
+        clients: ids of the attackers, as ``client_ids()`` gives them.
+        z: size of the shift in standard deviations; ``None`` takes the paper's for the size of the cohort.
+        omniscient: attackers know everyone's updates.
+
+    Raises:
+        MisconfigurationException: for no attacker, or a ``z`` that is not finite.
+
+    Example:
+        >>> LittleIsEnough(clients=[3, 7], z=1.5).z
+        1.5
+
+    References:
+        Baruch et al., *A Little Is Enough: Circumventing Defenses For Distributed Learning*, 2019, section 3 and
+        algorithm 3, on updates of several local steps instead of gradients.
+    """
+
+    def __init__(self, clients: Sequence[ClientId], z: float | None = None, omniscient: bool = False) -> None:
+        super().__init__(clients)
+        hint = "None takes the paper's for the size of the cohort"
+        self.z = None if z is None else finite("LittleIsEnough", "z", z, hint)
+        self.omniscient = flag("LittleIsEnough", "omniscient", omniscient)
 
 
 class LabelFlip(Attack):

@@ -66,11 +66,6 @@ class Codec:
         """Whether contributions travel as they are."""
         return not self.transform.parts
 
-    @property
-    def decodes_sums(self) -> bool:
-        """Whether clients' own updates stay unknown to the server, because only their sum is decoded."""
-        return self._linear > 0
-
     def init(self) -> State:
         """Check that the model's updates can be encoded, and return the server's state of the transforms.
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from fl_lightning.transforms.base import State
@@ -51,21 +50,15 @@ class ServerCodec:
         self._state: State = {}
         self._kind: Any = None
 
-    def start(self, state: State, linear: bool) -> State:
+    def start(self, state: State) -> State:
         """Return the server's first state with that of the transforms in it.
 
         Args:
             state: of the algorithm.
-            linear: whether the algorithm needs only the sum.
 
         Raises:
-            MisconfigurationException: when the transforms cannot serve this model and algorithm.
+            MisconfigurationException: when the transforms cannot serve this model.
         """
-        if self.codec.decodes_sums and not linear:
-            raise MisconfigurationException(
-                f"{self.codec.transform.parts[0]!r} is decoded on the sum of a round, and this algorithm needs every "
-                "client's own update. Write shared=False."
-            )
         self._state = self.codec.init()
         return self.with_state(state)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from algorithm_zoo import Net, clients, identical, weights
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from quadratics import OPTIMA, STEPS, Quadratic, shares, trajectory, unequal
+from quadratics import OPTIMA, STEPS, Quadratic, quiet_trainer, shares, trajectory, unequal
 
 from fl_lightning.algorithms import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
 from fl_lightning.algorithms.server_optimizers import ServerAdagrad, ServerAdam, ServerYogi
@@ -144,3 +145,26 @@ def test_torchs_own_adam_is_an_alternative() -> None:
 def test_values_out_of_range_are_refused_at_once(make: Any, message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         make()
+
+
+class Needs(torch.optim.SGD):
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, Needs])
+def test_an_optimizer_that_asks_for_the_gradient_again_is_refused(kind: Any) -> None:
+    trainer = quiet_trainer(algorithm=FedAvg(server_optimizer=partial(kind, lr=1.0)), max_rounds=1)
+    with pytest.raises(MisconfigurationException, match=f"{kind.__name__} evaluates its closure.*SGD or Adam.*clients"):
+        trainer.fit(Net(), clients())
+
+
+def test_lbfgs_can_train_the_clients() -> None:
+    class Newton(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.5, max_iter=4)
+
+    module = Newton()
+    before = weights(module)
+    quiet_trainer(algorithm=FedAvg(), max_rounds=1).fit(module, clients(batch_size=50))
+    assert not identical(weights(module), before)

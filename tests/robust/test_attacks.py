@@ -27,7 +27,7 @@ from fl_lightning.algorithms.robust import (
 )
 from fl_lightning.algorithms.robust.base import RobustAlgorithm
 from fl_lightning.algorithms.robust.little import little_z
-from fl_lightning.callbacks.attacks import LabelFlip, ModelReplacement, NoiseAttack, SignFlip
+from fl_lightning.callbacks.attacks import LabelFlip, LittleIsEnough, ModelReplacement, NoiseAttack, SignFlip
 from fl_lightning.data import DigitsDataModule
 
 ATTACKER = "site-1"
@@ -213,3 +213,62 @@ def test_the_default_shift_is_the_papers() -> None:
     assert np.isfinite(little_z(10, 6))
     assert little_z(3, 3) == 0.0
     assert little_z(10, 4) > 0
+
+
+@pytest.mark.parametrize("loop", ["lightning", "lean"])
+@pytest.mark.parametrize("algorithm", [FedAvg(), CoordinateMedian(2)], ids=lambda rule: type(rule).__name__)
+def test_colluders_are_named_as_other_attackers_are(algorithm: Algorithm, loop: Any) -> None:
+    """As a callback and as a wrapper: the same bits, whatever stands beside it."""
+    module = Net()
+    others = [Net(), Net(), Net()]
+    for other in others:
+        other.load_state_dict(module.state_dict())
+    who = ["site-1", "site-3"]
+    flip = SignFlip(["site-0"], scale=0.5)
+    train(algorithm, module, client_callbacks=[LittleIsEnough(who, z=1.5), flip], local_loop=loop)
+    wrapped = ALittleIsEnough(algorithm, who, z=1.5, omniscient=False)
+    train(wrapped, others[0], client_callbacks=[flip], local_loop=loop)
+    train(algorithm, others[1], client_callbacks=[flip], local_loop=loop)
+    train(algorithm, others[2], client_callbacks=[LittleIsEnough(["site-1"]), flip], local_loop=loop)
+    assert identical(weights(module), weights(others[0]))
+    assert not identical(weights(module), weights(others[1]))
+    # who has nobody to ask knows no spread, and is honest
+    assert all(torch.allclose(weights(others[1])[n], value, atol=1e-6) for n, value in weights(others[2]).items())
+
+
+def test_colluders_send_what_the_paper_says_of_their_own_honest_updates() -> None:
+    """One round in which nobody draws: the honest updates are those of a round without attackers."""
+    module, other = Net(), Net()
+    other.load_state_dict(module.state_dict())
+    start, sent = weights(module), {}
+
+    class Sent(FedAvg):
+        def contribute(self, update: Any, task: Any, memory: Any) -> Any:
+            sent[update.client_id] = (update.num_examples, {name: t.clone() for name, t in update.delta.items()})
+            return super().contribute(update, task, memory)
+
+    data = clients(shuffle=False)
+    train(Sent(), other, data, max_rounds=1)
+    lies = LittleIsEnough(["site-1", "site-2", "site-4"], z=0.7)
+    trainer = train(FedAvg(), module, data, max_rounds=1, client_callbacks=[lies])
+    assert type(trainer.algorithm).__name__ == "ALittleIsEnough"
+    total = sum(count for count, _ in sent.values())
+    for name, value in weights(module).items():
+        own = torch.stack([sent[client_id][1][name].double() for client_id in lies.clients])
+        lie = own.mean(0) - 0.7 * own.std(0, correction=0)
+        deltas = {c: lie if c in lies.clients else delta[name].double() for c, (_, delta) in sent.items()}
+        mean = sum(sent[c][0] * delta for c, delta in deltas.items()) / total
+        assert torch.allclose(value.double(), start[name].double() + mean, atol=1e-6), name
+
+
+def test_in_a_plain_trainer_nobody_colludes() -> None:
+    module, other = Net(), Net()
+    other.load_state_dict(module.state_dict())
+    for own, callbacks in ((module, [LittleIsEnough(["a"])]), (other, [])):
+        pl.seed_everything(1, verbose=False)
+        trainer = pl.Trainer(
+            max_epochs=1, accelerator="cpu", callbacks=callbacks, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(own, clients()["site-0"])
+    assert identical(weights(module), weights(other))

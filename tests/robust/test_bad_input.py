@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from robust_zoo import Net, clients, cohort_of, joined, root, train
+from robust_zoo import Net, clients, cohort_of, joined, quiet_trainer, root, train
 
-from fl_lightning.algorithms import FedAvg, Scaffold
+from fl_lightning.algorithms import FedAvg, FedBuff, Scaffold
 from fl_lightning.algorithms.fltrust import FLTrust
 from fl_lightning.algorithms.robust import (
     ALittleIsEnough,
@@ -21,7 +21,8 @@ from fl_lightning.algorithms.robust import (
     NormClipping,
     TrimmedMean,
 )
-from fl_lightning.callbacks.attacks import LabelFlip, SignFlip
+from fl_lightning.callbacks.attacks import LabelFlip, LittleIsEnough, SignFlip
+from fl_lightning.transforms import RandomK
 from fl_lightning.types import ClientTask
 
 
@@ -42,6 +43,21 @@ from fl_lightning.types import ClientTask
         (lambda: ALittleIsEnough(FedAvg(), "site-1"), "list of the attackers' ids, got 'site-1'"),
         (lambda: ALittleIsEnough(FedAvg(), ["a"], z=float("nan")), "z to be a finite number, got nan; None takes the"),
         (lambda: ALittleIsEnough(FedAvg, ["a"]), r"the algorithm that is attacked, such as FedAvg\(\), got <class"),
+        (lambda: ALittleIsEnough(FedBuff(2), ["a"]), r"those of FedBuff arrive one by one.*FedAvg\(\)"),
+        (lambda: LittleIsEnough(["a"], z=float("inf")), "LittleIsEnough expected z to be a finite number, got inf"),
+        (lambda: LittleIsEnough(["a"], omniscient="no"), "omniscient to be True or False, got 'no'"),
+        (
+            lambda: quiet_trainer(algorithm=CoordinateMedian(), transforms=[RandomK(0.5, shared=True)]),
+            r"RandomK.* is decoded on the sum of a round, and CoordinateMedian combines .*linear = False.*shared=False",
+        ),
+        (
+            lambda: quiet_trainer(client_callbacks=[LittleIsEnough(["a"])], transforms=[RandomK(0.5, shared=True)]),
+            "is decoded on the sum of a round, and ALittleIsEnough combines",
+        ),
+        (
+            lambda: quiet_trainer(algorithm=FedBuff(2), transforms=[RandomK(0.5, shared=True)]),
+            "is decoded on the sum of a round, and FedBuff looks at when each arrived",
+        ),
         (lambda: SignFlip([]), r"list of the attackers' ids, got \[\]"),
         (lambda: SignFlip("site-1"), "list of the attackers' ids, got 'site-1'"),
         (lambda: LabelFlip(["a"]), "num_classes >= 2 or a mapping"),

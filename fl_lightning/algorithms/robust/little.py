@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fl_lightning.algorithms.base import Algorithm, State
 from fl_lightning.algorithms.robust.cohort import Block, Cohort
+from fl_lightning.callbacks.attacks import LittleIsEnough
 from fl_lightning.callbacks.checks import finite
 from fl_lightning.types import ClientId, ClientTask, ClientUpdate, Contribution, Memory, Phase, Tree
 
-__all__ = ["ALittleIsEnough", "little_z"]
+__all__ = ["ALittleIsEnough", "colluding", "little_z"]
 
 
 class ALittleIsEnough(Algorithm):
@@ -27,8 +28,8 @@ class ALittleIsEnough(Algorithm):
     with mean and standard deviation of the updates by coordinate. The shift is small against the spread of honest
     clients, so distances do not give it away, and it is the same in every attacker, so it does not average out.
 
-    One client's callback cannot know the others' updates; this wrapper sees the whole cohort. The other attacks are
-    callbacks, see ``fl_lightning.callbacks.attacks``.
+    One client's callback cannot know the others' updates; this wrapper sees the whole cohort. Beside the other attacks,
+    which are callbacks, :class:`~fl_lightning.callbacks.attacks.LittleIsEnough` says the same.
 
     Args:
         algorithm: what is attacked: one whose clients contribute one update and its weight (``FedAvg``, adaptive
@@ -61,6 +62,11 @@ class ALittleIsEnough(Algorithm):
         if not isinstance(algorithm, Algorithm):
             raise MisconfigurationException(
                 f"ALittleIsEnough expected the algorithm that is attacked, such as FedAvg(), got {algorithm!r}."
+            )
+        if algorithm.asynchronous:
+            raise MisconfigurationException(
+                f"ALittleIsEnough needs the updates of a cohort side by side, and those of {type(algorithm).__name__} "
+                "arrive one by one. Attack an algorithm in rounds such as FedAvg(), or use a callback (SignFlip)."
             )
         super().__init__(algorithm.server_optimizer, algorithm.server_lr_scheduler, algorithm.weights)
         if isinstance(clients, str) or not clients:
@@ -121,6 +127,21 @@ class ALittleIsEnough(Algorithm):
             {"weight": sum(scalars["weight"] for scalars in cohort.scalars)},
         )
         return self.algorithm.apply(total, state, num_clients)
+
+
+def colluding(algorithm: Algorithm, callbacks: Sequence[Callback]) -> tuple[Algorithm, list[Callback]]:
+    """Return the algorithm under the attacks of clients that collude, and the callbacks that act on clients.
+
+    Example:
+        >>> from fl_lightning.algorithms.fedavg import FedAvg
+        >>> attacked, left = colluding(FedAvg(), [LittleIsEnough(clients=["a", "c"])])
+        >>> type(attacked).__name__, attacked.omniscient, left
+        ('ALittleIsEnough', False, [])
+    """
+    for callback in callbacks:
+        if isinstance(callback, LittleIsEnough):
+            algorithm = ALittleIsEnough(algorithm, callback.clients, callback.z, callback.omniscient)
+    return algorithm, [callback for callback in callbacks if not isinstance(callback, LittleIsEnough)]
 
 
 class _Attacked(Cohort):
