@@ -94,7 +94,9 @@ def _entry(options: argparse.Namespace, entry: str, split: str) -> Row:
     published, lr = setting.published[position], options.lr or setting.lr[position]
     partitioner = IID(100, seed=options.seed) if split == "iid" else Shards(100, per_client=2, seed=options.seed)
     data = FederatedDataModule(Data(options.data_dir, batch_size=setting.batch_size), partitioner)
-    target = EarlyStopping("val_acc", mode="max", patience=10**9, stopping_threshold=setting.target, verbose=False)
+    # the callback stops above its threshold, and 9,900 of 10,000 digits are 99%
+    reaches = setting.target - 1e-6
+    target = EarlyStopping("val_acc", mode="max", patience=10**9, stopping_threshold=reaches, verbose=False)
     limit = options.rounds or published + 1
     begin = time.perf_counter()
     trainer = federate(
@@ -104,7 +106,7 @@ def _entry(options: argparse.Namespace, entry: str, split: str) -> Row:
     )  # fmt: skip
     minutes = (time.perf_counter() - begin) / 60
     curve = [report.metrics["val_acc"] for report in trainer.round_history]
-    reached = next((number for number, value in enumerate(curve, start=1) if value >= setting.target), None)
+    reached = next((number for number, value in enumerate(curve, start=1) if value >= reaches), None)
     title = f"{entry} {split}, E={setting.epochs}, B={setting.batch_size}, lr {lr}"
     draw(options.output / "mnist" / f"{entry}-{split}-{lr}.png", {title: curve}, "test accuracy", title, setting.target)
     return Row(

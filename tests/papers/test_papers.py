@@ -203,3 +203,20 @@ def test_an_experiment_goes_on_where_it_was_stopped() -> None:
 def test_resume_is_an_option_of_the_long_experiments() -> None:
     assert parser().parse_args(["mnist", "--data_dir", "here", "--resume"]).resume
     assert not parser().parse_args(["synthetic"]).resume
+
+
+def test_exactly_the_target_is_reached_and_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    curve = [torch.tensor(correct / 10_000).item() for correct in (9_899, 9_900, 9_950)]
+    stops: list[bool] = []
+
+    def federate(*_: Any, callbacks: Any, **__: Any) -> Any:
+        (target,) = callbacks
+        stops.extend(target._evaluate_stopping_criteria(torch.tensor(value))[0] for value in curve)
+        return argparse.Namespace(round_history=[argparse.Namespace(metrics={"val_acc": value}) for value in curve])
+
+    monkeypatch.setattr(mnist, "federate", federate)
+    options = parser().parse_args(["mnist", "--data_dir", "x", "--entries", "cnn", "--splits", "iid"])
+    (row,) = mnist.run(options)
+    assert stops == [False, True, True]
+    assert row.ours.startswith("2 (")
+    assert row.passed
