@@ -79,6 +79,7 @@ class Group:
         self.params = [
             stacked(p.detach(), len(members), turned=name in turned) for name, p in zip(self._names, order, strict=True)
         ]
+        self._begin_with_own_layers()
         self._stacked = StackedOptimizer(self._optimizer, self.params)
         self._losses = vmap(self._loss, randomness="different")
         self._wrapper = _Step(self.module)
@@ -90,6 +91,12 @@ class Group:
     def _configure(self) -> tuple[torch.optim.Optimizer, list[Any]]:
         optimizers, configs = configure(self.module)
         return optimizers[0], configs
+
+    def _begin_with_own_layers(self) -> None:
+        """Let layers that stay with their client start from what the client remembers, if it does."""
+        for row, member in enumerate(self.members):
+            for name in member.local.keys() & set(self._names):
+                self.params[self._names.index(name)][row].copy_(member.local[name])
 
     def _rate_tables(self) -> list[Rates]:
         tables: dict[tuple[float, float | None], Rates] = {}
@@ -241,10 +248,14 @@ class Group:
 
     def outcomes(self, settings: Any) -> list[Outcome]:
         """Return what became of the members, in their order."""
-        moves = [_moved(p, s) for p, s in zip(self.params, self._start, strict=True)]
+        stay = {name: p for name, p in zip(self._names, self.params, strict=True) if name in settings.local_names}
+        if len(stay) < len(settings.local_names):
+            raise CannotGroup("a layer that stays with its client is not among the optimizer's")
+        parts = zip(self._names, self.params, self._start, strict=True)
+        moves = {name: _moved(p, s) for name, p, s in parts if name not in stay}
         self.params = []
-        norms = _norms(moves)
-        columns = {name: move.unbind(0) for name, move in zip(self._names, moves, strict=True)}
+        norms = _norms(list(moves.values()))
+        columns = {name: move.unbind(0) for name, move in moves.items()}
         own = dict(self.module.named_parameters())
         still = {n: torch.zeros_like(own[n]).detach() for n in settings.parameter_names if n not in columns}
         sums = self.log.sums()
@@ -267,6 +278,7 @@ class Group:
                 status="partial" if extra.pop("partial", member.job.task.work.partial) else "complete",
                 metrics=sums[row],
                 extra=extra,
+                memory={"local": {name: p[row].clone() for name, p in stay.items()}} if stay else {},
                 norm=norms[row],
             )
             found.append(Outcome(member.job, update, logger.take() if logger is not None else []))

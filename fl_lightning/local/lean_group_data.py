@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,18 +13,20 @@ from torch import Tensor
 from fl_lightning.local.job import Job
 from fl_lightning.local.lean_data import TensorBatches
 from fl_lightning.local.lean_stack import Rows
+from fl_lightning.types import Tree
 
 __all__ = ["GroupData", "Member"]
 
 
 @dataclass(slots=True)
 class Member:
-    """One client of a group: its job, its data and its own copies of the callbacks."""
+    """One client of a group: its job, its data, its own copies of the callbacks, and layers that stay with it."""
 
     job: Job
     batches: TensorBatches
     callbacks: list[Callback]
     num_examples: int
+    local: Tree = field(default_factory=dict)
 
     def sizes(self, epoch: int) -> list[int]:
         """Return the sizes of the batches of an epoch that the client gets to."""

@@ -49,8 +49,10 @@ def cannot_group(
         return "gradients accumulate over batches"
     if settings.client_state == "keep":
         return "client_state='keep' carries optimizers over"
-    if settings.local_names:
-        return f"{settings.local_names[0]!r} stays with its client"
+    trains = {name for name, p in module.named_parameters() if p.requires_grad}
+    for name in settings.local_names:
+        if name not in trains:
+            return f"{name!r} stays with its client and is not trained"
     if facts.device.type != "cpu":
         return "groups are measured on CPUs only"
     return _strange(callbacks)

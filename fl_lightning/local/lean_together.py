@@ -98,11 +98,12 @@ class Together:
             batches = None if data.validates else batches_of(data.train, loop.trainer.limit_train_batches)
             if not isinstance(batches, TensorBatches) or not batches.sizes():
                 return None
-            callbacks = ClientRun(loop, job.task, data, job.memory(), None).callbacks(phases[0])
+            memory = job.memory()
+            callbacks = ClientRun(loop, job.task, data, memory, None).callbacks(phases[0])
         except (Exception, NotThisClient):
             return None  # its fault shows when it trains by itself
         num_examples = sum(batches.sizes()) if data.num_examples is None else data.num_examples
-        return Member(job, batches, callbacks, num_examples)
+        return Member(job, batches, callbacks, num_examples, memory.get("local", {}))
 
     def _batch_bytes(self, member: Member) -> int:
         """Return what a client's step keeps for its backward pass; a group keeps that of all its clients."""

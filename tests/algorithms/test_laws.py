@@ -95,7 +95,7 @@ def test_the_loops_agree(name: str) -> None:
     alone = watched["groups"].alone
     if name in ALONE:
         assert identical(groups, one_lane)
-        assert alone is not None or name in ("Ditto", "FedAsync")  # which never ask for a group
+        assert alone is not None or name in ("Ditto", "FedAsync", "FedRep")  # which never ask for a group
     else:
         assert alone is None
         # Krum takes the update of one client, who may have trained alone

@@ -14,6 +14,7 @@ from quadratics import OPTIMA, Quadratic, client, parabola, quiet_trainer, traje
 from torch import Tensor, nn
 
 from fl_lightning.algorithms import Ditto, FedAvg, FedPer
+from fl_lightning.schedules import FixedSampler
 
 
 class Memories(pl.Callback):
@@ -164,3 +165,56 @@ def test_patterns_must_match_something() -> None:
 def test_values_out_of_range_are_refused(make: Any, message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         make()
+
+
+def test_own_layers_are_trained_in_groups_as_one_by_one() -> None:
+    """Each client starts from the head that it remembers: two of five come for the first time in the second round."""
+
+    class Groups(pl.Callback):
+        reasons: list[str | None] = []
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            together = trainer.federated_fit.federation.engine.client_half.loop.together
+            self.reasons.append(together.reason or together.trouble)
+
+    data, ids = clients((12, 12, 12, 8, 8)), [f"site-{k}" for k in range(5)]
+    start, found = Net(momentum=0.9), []
+    cohorts = FixedSampler([ids[:3], ids, ids[1:]])
+    for group_size in (1, 5):
+        module, memories = copy.deepcopy(start), Memories(ids)
+        pl.seed_everything(5, verbose=False)
+        quiet_trainer(
+            algorithm=FedPer(["head.*"]), max_rounds=3, sampler=cohorts, local_loop="lean", group_size=group_size,
+            num_lanes=1, callbacks=[memories, Groups()], local_epochs=2,
+        ).fit(module, data)  # fmt: skip
+        found.append((weights(module), memories.rounds))
+    assert Groups.reasons[1] is None
+    (alone, kept), (group, kept_in_group) = found
+    assert all(torch.allclose(alone[name], group[name], atol=1e-5) for name in alone)
+    assert any(not torch.equal(alone[name], group[name]) for name in alone), "to the bit the same: was there a group?"
+    for one, other in zip(kept, kept_in_group, strict=True):
+        for client_id in ids:
+            assert one[client_id].keys() == other[client_id].keys()
+            for name, value in one[client_id].get("local", {}).items():
+                assert torch.allclose(value, other[client_id]["local"][name], atol=1e-5)
+    heads = [kept_in_group[-1][client_id]["local"]["head.weight"] for client_id in ids]
+    assert all(not torch.equal(heads[0], head) for head in heads[1:])
+    assert all(head.untyped_storage().nbytes() == head.numel() * 4 for head in heads), "one head keeps a whole group"
+
+
+def test_an_own_layer_that_is_not_trained_is_no_reason_to_fail() -> None:
+    class Frozen(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head.bias.requires_grad_(False)
+
+    start = Frozen()
+    found = []
+    for group_size in (1, 5):
+        module = copy.deepcopy(start)
+        pl.seed_everything(5, verbose=False)
+        quiet_trainer(
+            algorithm=FedPer(["head.*"]), max_rounds=2, local_loop="lean", group_size=group_size, num_lanes=1
+        ).fit(module, clients())
+        found.append(weights(module))
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])

@@ -62,6 +62,7 @@ def test_the_command_line_accepts_what_a_page_shows(
 
 
 OWN_PAGES = {
+    "BufferedHeteroFL": "heterofl",
     **dict.fromkeys(("FedAdagrad", "FedAdam", "FedAvgM", "FedYogi"), "fedopt"),
     **dict.fromkeys(
         ("ALittleIsEnough", "CoordinateMedian", "GeometricMedian", "Krum", "MultiKrum", "NormClipping", "TrimmedMean"),
