@@ -44,12 +44,17 @@ class GradientCorrection(ClientCallback):
         own: named trees of this client alone (a control variate, say), set by :meth:`begin`. Everything else that
             :meth:`correct` reads is the same for the whole cohort, so a loop that trains a group stacks ``own`` along a
             client axis and puts a client's slices there while it calls :meth:`correct` under vmap.
+        needs_start: whether :meth:`correct` reads ``task.broadcast["model"]``. In a plain Trainer that is what the fit
+            started from; its checkpoints then keep it, so that a resumed fit goes on with the same start.
     """
+
+    needs_start: bool = True
 
     def __init__(self) -> None:
         super().__init__()
         self.task: ClientTask | None = None
         self._plain = True  # no loop has called `begin`
+        self._resumed: Tree | None = None
         self.num_corrections = 0
         self.own: dict[str, Tree] = {}
 
@@ -85,8 +90,23 @@ class GradientCorrection(ClientCallback):
         if self._plain or self.task is None:
             # a plain Trainer: what each of its fits starts from stands for the global model
             start = {n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
+            if self._resumed is not None:
+                own = dict(pl_module.named_parameters())
+                start = {n: kept.to(own[n].device) for n, kept in self._resumed.items() if n in own}
+                self._resumed = None  # the next fit is another one
             self.begin(ClientTask("plain", 0, 0, {"model": start}, seed=0), {})
             self._plain = True
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the start of a plain Trainer's fit as the callback's state; in a federation the task has it."""
+        if self._plain and self.task is not None and self.needs_start:
+            # not by `state_dict`: Lightning would refuse two callbacks of a kind before `setup` can say what to do
+            checkpoint["callbacks"][self.state_key] = {"start": dict(self.task.broadcast["model"])}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict["start"]
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

@@ -38,6 +38,8 @@ class GradientClip(GradientCorrection):
         tensor([ 2., -2.])
     """
 
+    needs_start = False
+
     def __init__(self, max_norm: float | None = None, value: float | None = None) -> None:
         super().__init__()
         if (max_norm is None) == (value is None):

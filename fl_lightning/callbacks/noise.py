@@ -40,6 +40,8 @@ class GradientNoise(GradientCorrection):
         Neelakantan et al., *Adding Gradient Noise Improves Learning for Very Deep Networks*, 2015, without its decay.
     """
 
+    needs_start = False
+
     def __init__(self, std: float = 0.01) -> None:
         super().__init__()
         self.std = non_negative("GradientNoise", "std", std, "it is a standard deviation, and 0 switches it off")

@@ -17,7 +17,8 @@ class ProximalTerm(GradientCorrection):
     .. math:: g \leftarrow g + \mu\,(w - w_t)
 
     The gradient is exact and needs no second backward pass. Parameters that the server did not send (personal layers)
-    are left alone. In a plain ``lightning.Trainer`` the weights at the start of the fit stand for :math:`w_t`.
+    are left alone. In a plain ``lightning.Trainer`` the weights at the start of the fit stand for :math:`w_t`; they are
+    part of its checkpoints, so that a fit resumed with ``ckpt_path`` is still pulled to where the first one started.
 
     Args:
         mu: strength of the pull, >= 0; 0 changes no bit.

@@ -45,10 +45,15 @@ def data(num_examples: int = 24, seed: int = 0, batch_size: int = 4) -> DataLoad
 
 
 def plain_fit(
-    module: pl.LightningModule, *callbacks: Callback, epochs: int = 2, loader: Any = None, **arguments: Any
+    module: pl.LightningModule,
+    *callbacks: Callback,
+    epochs: int = 2,
+    loader: Any = None,
+    resume: Any = None,
+    **arguments: Any,
 ) -> pl.Trainer:
     trainer = pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), **{**QUIET, **arguments})
-    trainer.fit(module, loader if loader is not None else data())
+    trainer.fit(module, loader if loader is not None else data(), ckpt_path=resume)
     return trainer
 
 
