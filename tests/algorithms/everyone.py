@@ -24,6 +24,7 @@ from fl_lightning import FederatedTrainer
 from fl_lightning.algorithms import Algorithm
 from fl_lightning.algorithms.fltrust import FLTrust
 from fl_lightning.algorithms.server_optimizers import ServerAdagrad, ServerAdam, ServerYogi
+from fl_lightning.schedules import Sampler
 
 EVERYONE: dict[str, Callable[[], Algorithm]] = {**ALGORITHMS, **RULES}
 ASYNCHRONOUS = ("BufferedHeteroFL", "FedAsync", "FedBuff")
@@ -75,6 +76,18 @@ def train(name: str, module: pl.LightningModule, data: Any = None, rounds: int =
     )
     trainer.fit(module, data if data is not None else cohort(), ckpt_path=ckpt_path)
     return trainer
+
+
+class Gap(Sampler):
+    """Everyone, and nobody in one round."""
+
+    may_draw_nobody = True
+
+    def __init__(self, *empty: int) -> None:
+        self.empty = empty
+
+    def cohort(self, population: Any, size: int, seed: int, round: int) -> list[Any]:
+        return [] if round in self.empty else list(population.client_ids())
 
 
 class Seen(pl.Callback):

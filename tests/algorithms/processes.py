@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from algorithm_zoo import ALGORITHMS, WITH_OWN_MODELS, Judged, Net, Normalised, Sites, clients, drawn, weights
+from everyone import Gap, train
 from quadratics import quiet_trainer
 
 from fl_lightning.schedules import PowerOfChoiceSampler
@@ -49,5 +50,11 @@ if __name__ == "__main__":
     trainer.fit(module := Normalised(), clients((12, 20, 7, 10, 16)))  # no batch of one, which BatchNorm refuses
     told = [[r.num_bytes_down, r.num_bytes_up, *sorted(int(c[-1]) for c in r.cohort)] for r in trainer.round_history]
     results["power of choice"] = {**weights(module), "reports": torch.tensor(told)}
+    for name in ("FedAdam", "FLTrust"):  # one that sums and one that sees every update, with rounds without clients
+        torch.manual_seed(0)
+        module = Net()
+        trainer = train(name, module, rounds=4, sampler=Gap(0, 2), devices=processes, strategy="ddp")
+        sizes = torch.tensor([len(report.cohort) for report in trainer.round_history])
+        results[f"{name}: empty rounds"] = {**weights(module), "sizes": sizes}
     if int(os.environ["RANK"]) == 0:
         torch.save(results, sys.argv[1])

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from algorithm_zoo import Judged, Net, Normalised, Sites, clients, identical, weights
-from everyone import ASYNCHRONOUS, EVERYONE, Seen, assert_same, cohort, train
+from everyone import ASYNCHRONOUS, EVERYONE, Gap, Seen, assert_same, cohort, train
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from quadratics import quiet_trainer
@@ -18,22 +18,10 @@ from torch.utils.data import DataLoader
 
 from fl_lightning import FedAvg, FedAvgM
 from fl_lightning.errors import NotEnoughClientsError
-from fl_lightning.schedules import PoissonSampler, Sampler
+from fl_lightning.schedules import PoissonSampler
 from fl_lightning.transforms import ErrorFeedback, TopK
 
 SYNCHRONOUS = sorted(EVERYONE.keys() - set(ASYNCHRONOUS))  # those draw nobody by a sampler: clients work all the time
-
-
-class Gap(Sampler):
-    """Everyone, and nobody in one round."""
-
-    may_draw_nobody = True
-
-    def __init__(self, *empty: int) -> None:
-        self.empty = empty
-
-    def cohort(self, population: Any, size: int, seed: int, round: int) -> list[Any]:
-        return [] if round in self.empty else list(population.client_ids())
 
 
 @pytest.mark.parametrize("name", SYNCHRONOUS)
