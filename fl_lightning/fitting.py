@@ -31,10 +31,11 @@ from fl_lightning.resuming import old_folders, on_device
 from fl_lightning.retention import Retention
 from fl_lightning.seeding import root_seed
 from fl_lightning.server import same_start, twin_of
+from fl_lightning.server_optimization import server_optimization, step_on_plateau
 from fl_lightning.store import ClientStore
 from fl_lightning.traveling import Traveling, batch_norm_buffers
 from fl_lightning.types import ClientId, RoundReport
-from fl_lightning.validation import check_overrides, check_server_optimizer, warn_of_strangers
+from fl_lightning.validation import check_overrides, warn_of_strangers
 
 if TYPE_CHECKING:
     from fl_lightning.trainer import FederatedTrainer
@@ -248,6 +249,8 @@ class FederatedFit:
             for name, value in self.trainer.callback_metrics.items():
                 if not name.startswith(("clients/", "devices/")) and name not in old:
                     report.metrics.setdefault(name, float(value))
+        every = self.trainer.settings.evaluate_every_n_rounds * (self.trainer.check_val_every_n_epoch or 1)
+        step_on_plateau(self.trainer, report, every)
         self.trainer.round_history.append(report)
         if self.rounds is not None:
             self.rounds.append(report)
@@ -269,15 +272,7 @@ class FederatedFit:
         algorithm = settings.algorithm
         traveling = Traveling.of(module, algorithm, settings.batch_norm).parameters
         own = dict(module.named_parameters())
-        optimizer = algorithm.server_optimizer([own[name] for name in traveling])
-        check_server_optimizer(optimizer)
-        if algorithm.server_lr_scheduler is None:
-            return optimizer
-        scheduler = algorithm.server_lr_scheduler(optimizer)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "epoch", "name": "server_lr"},
-        }
+        return server_optimization(algorithm, [own[name] for name in traveling])
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 

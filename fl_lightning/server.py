@@ -20,8 +20,10 @@ from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnect
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fl_lightning.metrics import alone
+from fl_lightning.server_optimization import refresh_checkpoint
 
 __all__ = ["RoundBatch", "RoundLoader", "as_lightning", "evaluate_whole", "federated", "same_start", "twin_of"]
 
@@ -69,10 +71,8 @@ class _Server:
         optimizer.zero_grad()
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        if metric is None:
+        if not isinstance(scheduler, ReduceLROnPlateau):  # which steps when the round has its values
             scheduler.step()
-        else:
-            scheduler.step(metric)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """The server's update is never clipped; clipping belongs to local training."""
@@ -130,6 +130,7 @@ class _Server:
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         checkpoint["fl_lightning"] = self.trainer.federated_state()
+        refresh_checkpoint(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.trainer.federated_fit.check_and_take(checkpoint)

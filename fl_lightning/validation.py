@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.optim import Optimizer
 
 from fl_lightning.algorithms.base import Algorithm
 from fl_lightning.algorithms.robust.little import ALittleIsEnough
@@ -23,7 +21,6 @@ __all__ = [
     "check_arguments",
     "check_overrides",
     "check_parts",
-    "check_server_optimizer",
     "require_sum",
     "warn_of_averaging",
     "warn_of_strangers",
@@ -112,25 +109,6 @@ def _check_transforms(settings: FederationSettings) -> None:
     parts = Chain(settings.transforms).parts
     if parts and parts[0].on_sum:
         require_sum(settings.algorithm, f"{parts[0]!r} is decoded on the sum of a round", "Write shared=False.")
-
-
-def check_server_optimizer(optimizer: Optimizer) -> None:
-    """Raise for an optimizer that asks for the gradient again: a round gives one.
-
-    Raises:
-        MisconfigurationException: when its ``step`` cannot do without a closure, as ``torch.optim.LBFGS``.
-
-    Example:
-        >>> import torch
-        >>> check_server_optimizer(torch.optim.Adam([torch.zeros(1)]))
-    """
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise MisconfigurationException(
-            f"{type(optimizer).__name__} evaluates its closure several times in a step, and a round of clients gives "
-            "one gradient for one model. Use an optimizer that steps on one gradient on the server, such as "
-            "server_optimizer=torch.optim.SGD or Adam (FedAvgM, FedAdam); LBFGS can train the clients."
-        )
 
 
 def check_parts(given: Mapping[str, Any], client_callbacks: Any) -> None:

@@ -28,7 +28,18 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"local", "aggregation", "traveling"}),
     frozenset({"engines"}),
     frozenset(
-        {"trainer", "server", "reporting", "arguments", "federation", "fitting", "validation", "precision", "inputs"}
+        {
+            "trainer",
+            "server",
+            "server_optimization",
+            "reporting",
+            "arguments",
+            "federation",
+            "fitting",
+            "validation",
+            "precision",
+            "inputs",
+        }
         | {"after_round", "asking", "dispatching", "evaluating", "federation_settings", "personal_models", "resuming"}
     ),
     frozenset({"cli", "__main__"}),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["PERSONAL", "Algorithm", "OptimizerCallable", "SchedulerCallable", "State", "Weights", "assignment"]
 
 OptimizerCallable: TypeAlias = Callable[[Iterable[Any]], Optimizer]
-SchedulerCallable: TypeAlias = Callable[[Optimizer], LRScheduler]
+SchedulerCallable: TypeAlias = Callable[[Optimizer], LRScheduler] | Callable[[Optimizer], dict[str, Any]]
 Weights: TypeAlias = Literal["examples", "uniform"] | Callable[[ClientUpdate], float]
 State: TypeAlias = dict[str, Any]
 
@@ -46,7 +46,8 @@ class Algorithm:
 
     Args:
         server_optimizer: parameters to the server's torch optimizer; ``None`` is ``SGD(lr=1)``.
-        server_lr_scheduler: optimizer to a learning-rate scheduler, stepped once a round; ``None`` for none.
+        server_lr_scheduler: optimizer to a learning-rate scheduler, stepped once a round, or to Lightning's dict with
+            ``"scheduler"`` and the ``"monitor"`` of a ``ReduceLROnPlateau``; ``None`` for none.
         weights: weight of a client: its number of examples, ``"uniform"``, or a callable on its ``ClientUpdate``.
 
     Raises:
