@@ -137,7 +137,7 @@ class FederatedFit:
         """Release files and processes."""
         self.trainer.engine.close()
         if self._federation is not None:
-            self.trainer.client_memory = self._federation.store
+            self.trainer.client_memory, self.trainer.client_population = self._federation.store, self.population
             self.trainer.sampler.ask = None
             self.curves.close()
             self._federation = None

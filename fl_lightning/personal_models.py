@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from fl_lightning.algorithms.base import PERSONAL
+from fl_lightning.data import ClientPopulation
 from fl_lightning.federation_settings import FederationSettings
+from fl_lightning.models.adapters import merge_lora_state
 from fl_lightning.store import ClientStore
 from fl_lightning.types import ClientId, Memory, Tree
 
@@ -35,33 +38,45 @@ def personal_tensors(memory: Memory) -> dict[str, Tensor]:
 
 
 def load_personal_model(
-    module_class: type[ModuleType], checkpoint_path: str | Path, client_id: ClientId, **arguments: Any
+    module_class: type[ModuleType] | ModuleType, checkpoint_path: str | Path, client_id: ClientId, **arguments: Any
 ) -> ModuleType:
     """Load a client's personal model from a checkpoint of a federation.
 
-    The model is the checkpoint's global model with what the client had kept of its own at that round.
+    The model is the checkpoint's global model with what the client had kept of its own at that round. A client that had
+    not taken part by then has the global model.
 
     Args:
-        module_class: the user's ``LightningModule``.
+        module_class: the user's ``LightningModule``; or an instance, which is loaded in place and returned: for one
+            that was changed after it was built, as by ``add_lora``.
         checkpoint_path: a checkpoint that a ``FederatedTrainer`` wrote, still in its run's folder, where the clients'
             memory is.
         client_id: the client, as ``client_ids()`` gives it; 1 and ``"1"`` are different clients.
         arguments: of ``module_class.load_from_checkpoint``.
 
     Raises:
-        MisconfigurationException: for a checkpoint of no federation, or a client that kept nothing.
+        MisconfigurationException: for a checkpoint of no federation, or of one that keeps no personal models.
     """
+    owner = module_class.__name__ if isinstance(module_class, type) else type(module_class).__name__
     plain = arguments.get("weights_only", True)  # of a checkpoint that may come from anywhere
     checkpoint: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", weights_only=plain)
     saved = checkpoint.get("fl_lightning")
     if saved is None:
         raise MisconfigurationException(
             f"{str(checkpoint_path)!r} was written by no FederatedTrainer, so no client has a model in it. A file of "
-            f"save_personal_model is loaded by {module_class.__name__}.load_from_checkpoint(path)."
+            f"save_personal_model is loaded by {owner}.load_from_checkpoint(path)."
         )
     store = _store_of(Path(checkpoint_path), saved)
     mine = _own_tensors(store, client_id, saved["algorithm"])
-    module: ModuleType = module_class.load_from_checkpoint(checkpoint_path, **arguments)  # type: ignore[attr-defined]
+    if not mine:
+        rank_zero_warn(
+            f"Client {client_id!r} had not taken part when {str(checkpoint_path)!r} was written, if there is such a "
+            "client: its model is the global one."
+        )
+    if isinstance(module_class, type):
+        module: ModuleType = module_class.load_from_checkpoint(checkpoint_path, **arguments)  # type: ignore[attr-defined]
+    else:
+        module = module_class
+        module.load_state_dict(checkpoint["state_dict"], strict=arguments.get("strict", True))
     _overlay(module, mine)
     return module
 
@@ -72,29 +87,53 @@ class SavesPersonalModels(pl.Trainer):
     settings: FederationSettings
     client_memory: ClientStore | None = None
     """What clients kept in the last fit; ``None`` before the first one."""
+    client_population: ClientPopulation | None = None
+    """The clients of the last fit; ``None`` before the first one."""
 
-    def save_personal_model(self, client_id: ClientId, filepath: str | Path) -> None:
+    def save_personal_model(self, client_id: ClientId, filepath: str | Path, merge_lora: bool = False) -> None:
         """Save a client's personal model as a checkpoint of the user's own class, after ``fit``.
 
         ``MyModule.load_from_checkpoint(filepath)`` then gives it back, in plain Lightning: the global model with the
         layers that stay with this client (``FedPer``, ``FedRep``, ``batch_norm="local"``), or its own model of
-        ``Ditto`` or ``APFL``. With several processes all of them must call it.
+        ``Ditto`` or ``APFL``. A client that has not taken part has the global model. With several processes all of them
+        must call it.
 
         Args:
             client_id: the client, as ``client_ids()`` gives it; 1 and ``"1"`` are different clients.
             filepath: where to write.
+            merge_lora: fold LoRA adapters into the weights of their layers, so that the class itself loads the file
+                when ``add_lora`` changed an instance of it.
 
         Raises:
-            MisconfigurationException: before a fit has ended, or for a client that keeps nothing of its own.
+            MisconfigurationException: before a fit has ended, for an algorithm that keeps no personal models, or for a
+                client that does not exist.
         """
         if self.client_memory is None or self.lightning_module is None:
             raise MisconfigurationException(
                 "save_personal_model has no personal models yet: call it after trainer.fit has ended. From a "
                 "checkpoint of a federation use load_personal_model(MyModule, path, client_id)."
             )
+        if self.client_population is not None and client_id not in self.client_population.client_ids():
+            raise MisconfigurationException(
+                f"save_personal_model was asked for client {client_id!r}, and the population has no such client. Use "
+                "the ids as client_ids() gives them: 1 and '1' are different clients."
+            )
         mine = _own_tensors(self.client_memory, client_id, type(self.settings.algorithm).__name__)
-        with _replaced(self.lightning_module, mine):
+        with _replaced(self.lightning_module, mine), _merged(self.lightning_module, merge_lora):
             super().save_checkpoint(filepath, weights_only=True)  # of the module alone, not of the federation
+
+
+@contextmanager
+def _merged(module: nn.Module, merge: bool) -> Iterator[None]:
+    """Let the module's state be that of a module without adapters inside the block."""
+    if not merge:
+        yield
+        return
+    hook = module.register_state_dict_post_hook(lambda module, state, *_: merge_lora_state(module, state))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
@@ -120,14 +159,15 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _own_tensors(store: ClientStore, client_id: ClientId, algorithm: str) -> Mapping[str, Tensor]:
+    """Return what a client keeps of its own; of one that has not taken part in such a federation, nothing."""
     mine = personal_tensors(store.get(client_id))
-    if not mine:
-        known = list(store.state_dict())
-        shown = ", ".join(map(repr, known[:5])) + (", ..." if len(known) > 5 else "") if known else "nobody"
+    known = list(store.state_dict())
+    if not mine and not any(personal_tensors(store.get(other)) for other in known[:1]):
         raise MisconfigurationException(
-            f"Client {client_id!r} keeps no model of its own under {algorithm}: {shown} kept something. Clients that "
-            "took part keep one with FedPer, FedRep, Ditto, APFL or batch_norm='local'; everyone else's is the global "
-            "model."
+            f"Client {client_id!r} keeps no model of its own under {algorithm}: nobody does. Clients that took part "
+            "keep one with FedPer, FedRep, Ditto, APFL or batch_norm='local'. What personalize_epochs makes of a model "
+            "is evaluated and forgotten: load the global one, and train it by lightning.Trainer(max_epochs=...) on the "
+            "client's data."
         )
     return mine
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fl_lightning.errors import MisconfigurationException
 
-__all__ = ["LoRALinear", "add_lora", "lora", "merge_lora"]
+__all__ = ["LoRALinear", "add_lora", "lora", "merge_lora", "merge_lora_state"]
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
@@ -155,6 +155,24 @@ def merge_lora(module: ModuleType) -> ModuleType:
     for parameter in module.parameters():
         parameter.requires_grad_(True)
     return module
+
+
+@torch.no_grad()
+def merge_lora_state(module: nn.Module, state: dict[str, Any]) -> None:
+    """Make a module's state, in place, that of the plain module which computes the same; the module stays.
+
+    Example:
+        >>> net = add_lora(nn.Sequential(nn.Linear(4, 2)), rank=1)
+        >>> state = net.state_dict()
+        >>> merge_lora_state(net, state)
+        >>> nn.Sequential(nn.Linear(4, 2)).load_state_dict(state)
+        <All keys matched successfully>
+    """
+    for name, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, LoRALinear):
+            prefix = f"{name}." if name else ""
+            state[f"{prefix}weight"] = part.merged().weight.detach()
+            del state[f"{prefix}lora_a"], state[f"{prefix}lora_b"]
 
 
 def lora(
