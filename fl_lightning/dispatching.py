@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.fabric.utilities.data import sized_len
+from torch import nn
 
 from fl_lightning.data import ClientPopulation
 from fl_lightning.devices import DeviceBuffer, DeviceFleet, DeviceRounds
@@ -146,6 +147,9 @@ class Dispatcher:
         self.versions: dict[int, Mapping[str, Tree]] = {}
         self.drew_nobody = False
         """Whether the sampler drew an empty cohort in this round, as it may."""
+        self.module: nn.Module | None = None
+        """The server's, from which narrow models are cut."""
+        self._cuts = False
         self._lengths: dict[tuple[ClientId, int | None], int | None] = {}
         """Batches of the loaders that this round has opened: a plan asks several times, and data may change later."""
         self._plan: Plan | None = None
@@ -253,6 +257,9 @@ class Dispatcher:
         whole = self.versions[version]
         if width == 1.0:
             return whole
+        if not self._cuts and self.module is not None:
+            self.settings.algorithm.check_narrow(self.module, list(whole["model"]))
+            self._cuts = True
         return {**whole, "model": self.settings.algorithm.narrowed(whole["model"], width)}
 
     def _task(self, dispatch: Dispatch, round: int, step_offset: int, broadcast: Mapping[str, Tree]) -> ClientTask:

@@ -86,6 +86,7 @@ class Federation:
         self.traveling = Traveling.of(module, self.algorithm, settings.batch_norm)
         seed = seed_for(settings.seed, -1, None, TRANSFORMS)
         self.wire = ServerCodec(Codec(settings.transforms, seed, self.model(), self.buffers()), device)
+        dispatcher.module = module
         self.state: State = self.wire.start(self.algorithm.init_state(self.model()))
         dispatcher.bytes_down = dispatcher.bytes_up = num_bytes([self.model(), self.buffers()])
         self.store: ClientStore | None = None
@@ -215,7 +216,7 @@ class Federation:
         """Decode a payload; one that cannot be is a bad update of its client, whose memory stays as it was."""
         if result.payload is not None:
             try:
-                result.contribution = self.wire.open(result.payload, task)
+                result.contribution = self.algorithm.opened(self.wire.open(result.payload, task), task)
             except PayloadError as error:
                 result.failure, result.has_memory = Failure(str(error), bad_update=True), False
                 if self.store is not None:

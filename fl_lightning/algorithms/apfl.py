@@ -11,8 +11,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from fl_lightning.algorithms.base import PERSONAL, Algorithm, OptimizerCallable, SchedulerCallable, Weights
-from fl_lightning.callbacks import GradientCorrection
+from fl_lightning.callbacks.base import ClientCallback
 from fl_lightning.callbacks.checks import epochs_or_none, flag, sgd_only
+from fl_lightning.callbacks.learning_rates import scale_learning_rates
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, Phase, Tree
 
 __all__ = ["APFL"]
@@ -53,8 +54,9 @@ class APFL(Algorithm):
         Deng et al., *Adaptive Personalized Federated Learning*, 2020, algorithm 1 and equation 10. There both models
         step in turn on the same batch; here :math:`w_k` is trained first and the mixture is taken with its end, so each
         has its own batches, and the share moves once a round, by the sum of the round's gradients. The chain rule's
-        factor is put on gradients (:math:`\alpha^2` for the mixture's step), so it is exact for SGD; optimizers that do
-        not see the size of a gradient, such as Adam, are refused.
+        factor (:math:`\alpha^2` for the mixture's step) is on the learning rate, so momentum, weight decay, clipping
+        and schedules are those of a training of the mixture; optimizers whose step does not follow the size of a
+        gradient, such as Adam, are refused.
     """
 
     def __init__(
@@ -100,8 +102,8 @@ class APFL(Algorithm):
         return contribution, {PERSONAL: dict(mixture), _KEY: {"alpha": alpha, "own": trained}}
 
 
-class _Mixture(GradientCorrection):
-    """Starts the phase from the mixture, and gives its gradients the factor of the chain rule."""
+class _Mixture(ClientCallback):
+    """Starts the phase from the mixture, and gives its steps the factor of the chain rule."""
 
     def __init__(self, alpha: float) -> None:
         super().__init__()
@@ -109,21 +111,16 @@ class _Mixture(GradientCorrection):
         self.model: Tree = {}
 
     def begin(self, task: ClientTask, memory: Memory) -> None:
-        super().begin(task, memory)
         self.alpha, self.model = _own(memory, task.broadcast["model"], self.alpha)
 
     @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
         sgd_only("APFL", trainer.optimizers, "a personal model for any optimizer such as Ditto's")
+        # not on gradients: SGD adds weight decay to them afterwards, and Lightning clips what it finds there
+        scale_learning_rates(trainer.optimizers, trainer.lr_scheduler_configs, self.alpha**2)
         for name, p in pl_module.named_parameters():
             if name in self.model:
                 p.copy_(self.alpha * self.model[name].to(p.dtype) + (1 - self.alpha) * p)
-
-    def correct(self, grads: Tree, params: Tree, task: ClientTask) -> dict[str, Tensor]:
-        if self.alpha == 1:
-            return dict(grads)
-        return {name: self.alpha**2 * grad if name in self.model else grad for name, grad in grads.items()}
 
 
 def _own(memory: Memory, start: Tree, alpha: float) -> tuple[float, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -120,6 +120,14 @@ class Algorithm:
             f"{instead}"
         )
 
+    def check_narrow(self, module: nn.Module, names: Collection[str]) -> None:
+        """Raise when clients of smaller width would not be parts of this module; asked before the first of them trains.
+
+        Args:
+            module: the user's module.
+            names: of the parameters that travel, in their order.
+        """
+
     def contribute(self, update: ClientUpdate, task: ClientTask, memory: Memory) -> tuple[Contribution, Memory | None]:
         """Return the client's summand and its next memory (``None`` keeps the old one)."""
         weight = self.weight(update)
@@ -138,6 +146,10 @@ class Algorithm:
     def schedule(self) -> Schedule | None:
         """Return who works when, if the algorithm itself decides that; ``None`` leaves it to the trainer."""
         return None
+
+    def opened(self, contribution: Contribution, task: ClientTask) -> Contribution:
+        """Return what a decoded contribution can be: a lossy transform may have filled what was empty."""
+        return contribution
 
     def receive(self, contribution: Contribution, arrival: Arrival) -> Contribution:
         """Return what of an update that arrived is added to the sum; its tensors stay unchanged."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from fl_lightning.algorithms.base import Algorithm, State
+from fl_lightning.algorithms.layer_chain import check_chain
 from fl_lightning.callbacks.base import GradientCorrection
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, Tree
 
@@ -31,10 +32,14 @@ class HeteroFL(Algorithm):
     A client's width is its ``Work.width``: from ``client_overrides={"phone": {"width": 0.5}}``, or from a policy of
     devices such as :class:`~fl_lightning.devices.AdaptiveWidth`.
 
-    What can be cut are linear and convolution layers that feed one another in the order of the model's parameters.
-    Everything else with parameters is refused by name: normalisation, whose statistics would mix clients of different
-    width, embeddings, recurrent layers, attention. Skip connections around such layers are right as long as layers
-    follow one another in that order.
+    What can be cut is one chain of linear and convolution layers that feed one another in the order of the model's
+    parameters, with a single output layer at its end; skip connections around layers of equal size are right. The
+    layers' calls are followed by ``torch.fx``, and what cannot be followed is refused. So is, by name, everything else:
+    normalisation, whose statistics would mix clients of different width, embeddings, transposed and grouped
+    convolutions, recurrent layers, attention, a second head, a head that is declared before the body.
+
+    A client contributes nothing outside of what it holds, whatever it sends: neither an attacker nor the noise of a
+    lossy transform gets there. (A transform that is decoded on the sum can, at entries that others hold.)
 
     The simulation trains the whole model with the other entries at zero and their gradients as well, which is the
     narrow model to rounding, whatever the activation; dropout draws for the whole width. It saves no time here: that of
@@ -66,9 +71,23 @@ class HeteroFL(Algorithm):
 
     def contribute(self, update: ClientUpdate, task: ClientTask, memory: Memory) -> tuple[Contribution, Memory | None]:
         contribution, kept = super().contribute(update, task, memory)
+        contribution = self.opened(contribution, task)
         # the server knows from a width who holds which entry: no mask has to travel
         contribution.scalars[f"{_PREFIX}{task.work.width!r}"] = contribution.scalars["weight"]
         return contribution, kept
+
+    def opened(self, contribution: Contribution, task: ClientTask) -> Contribution:
+        delta = contribution.trees.get("delta")
+        if task.work.width == 1.0 or delta is None:
+            return contribution
+        shapes = {name: tensor.shape for name, tensor in task.broadcast["model"].items()}
+        if {name: tensor.shape for name, tensor in delta.items()} != shapes:  # not decoded before the sum
+            return contribution
+        trees = {**contribution.trees, "delta": self.narrowed(delta, task.work.width)}
+        return Contribution(trees, contribution.scalars)
+
+    def check_narrow(self, module: nn.Module, names: Collection[str]) -> None:
+        check_chain(module, names)
 
     def apply(self, total: Contribution, state: State, num_clients: int) -> tuple[Tree, State]:
         weights = {float(n.removeprefix(_PREFIX)): w for n, w in total.scalars.items() if n.startswith(_PREFIX)}
@@ -106,16 +125,18 @@ def kept_lengths(shapes: Mapping[str, tuple[int, ...]], width: float) -> dict[st
     """
     weights = [name for name, shape in shapes.items() if len(shape) > 1]
     kept: dict[str, tuple[int, ...]] = {}
-    units = held = 0  # of the layer before
+    units = held = depth = 0  # of the layer before
     for name, shape in shapes.items():
         layer, _, kind = name.rpartition(".")
         if kind == "weight" and len(shape) > 1:
             first, last = name == weights[0], name == weights[-1]
-            if not first and shape[1] % units:
+            flattened = len(shape) == 2 and depth > 2  # a linear layer behind a convolution
+            if not first and (shape[1] % units if flattened else shape[1] != units):
                 raise _refusal(name, shape, f"takes {shape[1]} inputs, and the layer before it has {units} outputs")
             inputs = shape[1] if first else held * (shape[1] // units)
             units, held = shape[0], shape[0] if last else math.ceil(width * shape[0] - 1e-9)
             kept[name] = (held, inputs, *shape[2:])
+            depth = len(shape)
         elif kind == "bias" and len(shape) == 1 and f"{layer}.weight" in kept:
             kept[name] = (kept[f"{layer}.weight"][0],)
         else:

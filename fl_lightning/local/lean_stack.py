@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fl_lightning.local.client_state import scale_learning_rates
+from fl_lightning.callbacks.learning_rates import scale_learning_rates
 from fl_lightning.local.lean_step import ordinary
 
 __all__ = ["CannotGroup", "Rate", "Rates", "Rows", "StackedOptimizer", "beside", "put", "stacked", "take", "trained"]

@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 
 from fl_lightning.algorithms.base import PERSONAL, Algorithm
 from fl_lightning.callbacks.base import ClientCallback, GradientCorrection
+from fl_lightning.callbacks.learning_rates import scale_learning_rates
 from fl_lightning.callbacks.start_pass import StartPass
 from fl_lightning.errors import EmptyClientError, MisconfigurationException
-from fl_lightning.local.client_state import load_optimizers, save_optimizers, scale_learning_rates
+from fl_lightning.local.client_state import load_optimizers, save_optimizers
 from fl_lightning.local.client_trainer import ClientTrainer
 from fl_lightning.local.job import ClientData, Job, Outcome
 from fl_lightning.local.observers import EvaluationObserver, Observer, plain_optimizers

@@ -235,6 +235,8 @@ def test_who_asks_for_widths_is_told_what_has_them() -> None:
         fit(mlp(), client_overrides={"a": {"width": 1.5}})
     with pytest.raises(MisconfigurationException, match=r"takes 9 inputs, and the layer before it has 8 outputs"):
         kept_lengths({"a.weight": (8, 5), "b.weight": (3, 9)}, 0.5)
+    with pytest.raises(MisconfigurationException, match=r"takes 8 inputs, and the layer before it has 2 outputs"):
+        kept_lengths({"a.weight": (8, 5), "b.weight": (2, 8), "c.weight": (4, 8)}, 0.5)  # no multiple: nothing flattens
     for bad in ({"memory_gb": 0.0}, {"memory_gb": 6.0, "smallest": 0.0}, {"memory_gb": float("inf")}):
         with pytest.raises(MisconfigurationException, match="AdaptiveWidth expected memory_gb > 0 and smallest"):
             AdaptiveWidth(**bad)

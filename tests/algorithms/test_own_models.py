@@ -117,6 +117,40 @@ def test_apfl_follows_its_equations_number_by_number(loop: Any, adaptive: bool) 
     assert len(set(alphas)) == (3 if adaptive else 1)
 
 
+@pytest.mark.parametrize("loop", ["lean", "lightning"])
+def test_apfl_decays_the_mixture_by_the_chain_rule_too(loop: Any) -> None:
+    """With weight decay, momentum and a schedule in it, the recursion of ``v`` in plain numbers."""
+
+    class Decaying(Quadratic):
+        def configure_optimizers(self) -> Any:
+            sgd = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.5, weight_decay=0.3)
+            return [sgd], [{"scheduler": torch.optim.lr_scheduler.StepLR(sgd, 2, 0.5), "interval": "step"}]
+
+    def step(buffer: float, gradient: float, k: int) -> tuple[float, float]:
+        buffer = 0.5 * buffer + gradient
+        return buffer, 0.05 * 0.5 ** (k // 2) * buffer
+
+    e, alpha, w, v, steps = 3.0, 0.2, 2.0, 2.0, 5
+    buffer = 0.0
+    for k in range(steps):
+        buffer, move = step(buffer, w - e + 0.3 * w, k)
+        w -= move
+    buffer = 0.0
+    for k in range(steps):
+        mixture = alpha * v + (1 - alpha) * w
+        buffer, move = step(buffer, alpha * (mixture - e + 0.3 * mixture), k)
+        v -= move
+    memories = Memories("a")
+    data = {"a": client(parabola(1.0, e), steps)}
+    quiet_trainer(algorithm=APFL(alpha), max_rounds=1, local_loop=loop, callbacks=[memories]).fit(
+        Decaying(2.0, 0.05), data
+    )
+    kept = memories.rounds[0]["a"]
+    assert memories.values[0] == pytest.approx(w, abs=1e-10)
+    assert kept["apfl"]["own"]["x"].item() == pytest.approx(v, abs=1e-10)
+    assert kept["personal"]["x"].item() == pytest.approx(alpha * v + (1 - alpha) * w, abs=1e-10)
+
+
 def test_apfl_with_nothing_of_the_global_model_is_local_training_to_the_bit() -> None:
     """Which is also Ditto without a pull: the same phases draw the same batches."""
     module = Net(momentum=0.5)

@@ -29,6 +29,7 @@ from fl_lightning.algorithms.robust.base import RobustAlgorithm
 from fl_lightning.algorithms.robust.little import little_z
 from fl_lightning.callbacks.attacks import LabelFlip, LittleIsEnough, ModelReplacement, NoiseAttack, SignFlip
 from fl_lightning.data import DigitsDataModule
+from fl_lightning.types import Contribution
 
 ATTACKER = "site-1"
 
@@ -204,6 +205,30 @@ def test_krum_prefers_attackers_that_stay_inside_the_spread() -> None:
     attack = ALittleIsEnough(Krum(4), [f"c{k:03d}" for k in range(4)], z=0.5)
     gradient, _ = attack.combine(cohort_of(rows), {}, num_clients=11)
     assert joined(gradient) == pytest.approx(-(rows.mean(0) - 0.5 * rows.std(0)))
+
+
+@pytest.mark.parametrize("omniscient", [True, False])
+def test_colluders_know_each_other_or_everyone_but_nobody_without_weight(omniscient: bool) -> None:
+    """FedAvg of four by hand, one of weight 0: what it has trained is nowhere in what the others send."""
+    sent = [
+        Contribution({"delta": {"w": torch.tensor([weight * x])}}, {"weight": weight})
+        for x, weight in ((1.0, 2.0), (7.0, 1.0), (4.0, 3.0), (1e9, 0.0))
+    ]
+    attack = ALittleIsEnough(FedAvg(), clients=["a", "b", "d"], z=2.0, omniscient=omniscient)
+    gradient, _ = attack.combine(Cohort("abcd", sent), {}, num_clients=4)
+    known = np.array([1.0, 7.0, 4.0] if omniscient else [1.0, 7.0])
+    lie = known.mean() - 2 * known.std()
+    assert gradient["w"].item() == pytest.approx(-(3 * lie + 3 * 4.0) / 6, rel=1e-6)
+
+
+def test_the_default_shift_counts_those_who_have_a_weight() -> None:
+    votes = [1.0] * 10 + [0.0]
+    sent = [Contribution({"delta": {"w": torch.tensor([w * k])}}, {"weight": w}) for k, w in enumerate(votes)]
+    ids, found = [f"c{k}" for k in range(11)], []
+    for z in (None, little_z(10, 4), little_z(11, 4)):
+        attack = ALittleIsEnough(FedAvg(), clients=ids[:4], z=z)
+        found.append(attack.combine(Cohort(ids, sent), {}, num_clients=11)[0]["w"].item())
+    assert found[0] == found[1] != found[2]
 
 
 def test_the_default_shift_is_the_papers() -> None:

@@ -34,7 +34,8 @@ class ALittleIsEnough(Algorithm):
     Args:
         algorithm: what is attacked: one whose clients contribute one update and its weight (``FedAvg``, adaptive
             servers, robust rules). Running statistics are aggregated by their median, as robust rules do.
-        clients: ids of the attackers; they act when they are in a cohort.
+        clients: ids of the attackers; they act when they are in a cohort. A client whose weight is 0 sends nothing:
+            it is no attacker, nobody knows its update, and the size of the cohort is without it.
         z: size of the shift in standard deviations; ``None`` takes the paper's for the size of the cohort.
         omniscient: attackers know everyone's updates. Without, they know each other's, and need to be two or more.
 
@@ -115,11 +116,14 @@ class ALittleIsEnough(Algorithm):
         return contribution, kept
 
     def combine(self, cohort: Cohort, state: State, num_clients: int) -> tuple[Tree, State]:
-        attackers = [position for position, client_id in enumerate(cohort.client_ids) if client_id in self.clients]
-        knows = list(range(len(cohort))) if self.omniscient else attackers
+        # a linear algorithm's clients have multiplied their update by their weight, and by 0 nothing is left to be seen
+        factors = [float(scalars["weight"]) if self.algorithm.linear else 1.0 for scalars in cohort.scalars]
+        counted = [position for position, factor in enumerate(factors) if factor > 0]
+        attackers = [position for position in counted if cohort.client_ids[position] in self.clients]
+        knows = counted if self.omniscient else attackers
         if attackers and len(knows) > 1:
-            z = little_z(len(cohort), len(attackers)) if self.z is None else self.z
-            cohort = _Attacked(cohort, attackers, knows, z, weighted=self.algorithm.linear)
+            z = little_z(len(counted), len(attackers)) if self.z is None else self.z
+            cohort = _Attacked(cohort, attackers, knows, z, factors)
         if not self.algorithm.linear:
             return self.algorithm.combine(cohort, state, num_clients)
         total = Contribution(
@@ -148,14 +152,13 @@ class _Attacked(Cohort):
     """A cohort in which the attackers' updates are replaced, block by block."""
 
     def __init__(
-        self, cohort: Cohort, attackers: Sequence[int], knows: Sequence[int], z: float, weighted: bool
+        self, cohort: Cohort, attackers: Sequence[int], knows: Sequence[int], z: float, factors: Sequence[float]
     ) -> None:
         super().__init__(cohort.client_ids, [], cohort.root)
         self.scalars = cohort.scalars
         self._cohort = cohort
         self._attackers, self._knows, self._z = list(attackers), list(knows), z
-        # a linear algorithm's clients have multiplied their update by their weight
-        self._factors = [float(s["weight"]) if weighted else 1.0 for s in cohort.scalars]
+        self._factors = list(factors)
 
     def template(self, tree: str) -> Tree:
         return self._cohort.template(tree)
