@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ __all__ = [
     "Rule",
     "Satisfies",
     "Unmetered",
+    "checked_rule",
 ]
 
 Booleans = NDArray[np.bool_]
@@ -243,7 +245,7 @@ class Eligibility(AllOf):
         memory_gb: least memory in GB.
 
     Raises:
-        MisconfigurationException: for a level outside of [0, 1].
+        MisconfigurationException: for a level outside of [0, 1], and a condition that is neither on nor off.
 
     Example:
         >>> from fl_lightning.devices import DeviceFleet
@@ -265,9 +267,32 @@ class Eligibility(AllOf):
         unmetered: bool = False,
         memory_gb: float = 0.0,
     ) -> None:
+        for name, value in (("idle", idle), ("charging", charging), ("unmetered", unmetered)):
+            if not isinstance(value, bool):
+                raise MisconfigurationException(f"Eligibility expected {name} to be True or False, got {value!r}.")
         rules: list[Rule] = [Online(), BatteryAtLeast(battery), QualityAtLeast(quality)]
         rules += [Idle()] * idle + [Charging()] * charging + [Unmetered()] * unmetered
         super().__init__([*rules, MemoryAtLeast(memory_gb)] if memory_gb else rules)
+
+
+def checked_rule(of: str, rule: Any) -> Rule:
+    """Return a schedule's rule; ``None`` is :class:`Eligibility`.
+
+    Args:
+        of: the schedule, for the error.
+        rule: what it was given.
+
+    Raises:
+        MisconfigurationException: for what is no rule.
+    """
+    if rule is None:
+        return Eligibility()
+    if not isinstance(rule, Rule):
+        raise MisconfigurationException(
+            f"{of} expected eligibility to be a rule such as Eligibility(battery=0.2), got {rule!r}. A function "
+            "becomes one with Satisfies(function, reason)."
+        )
+    return rule
 
 
 def _fraction(of: str, name: str, value: float) -> float:

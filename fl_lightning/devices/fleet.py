@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fl_lightning.devices.checks import is_integer
 from fl_lightning.devices.fields import FIELDS
 from fl_lightning.devices.moments import Moments
 from fl_lightning.devices.properties import FieldValue
@@ -64,7 +65,8 @@ class DeviceFleet(Moments):
         seed: root of everything that is drawn.
 
     Raises:
-        MisconfigurationException: for a property outside of its range, an unknown profile or distribution.
+        MisconfigurationException: for a property outside of its range, an unknown profile or distribution, a seed that
+            is no integer.
 
     Example:
         >>> fleet = DeviceFleet(speed=lambda client_id: 4.0 if client_id == "fast" else 0.5)
@@ -190,5 +192,5 @@ def _check_unit(speed_unit: str, batch_size: int | None) -> None:
             f"Expected batch_size exactly with speed_unit='examples', got speed_unit={speed_unit!r} and "
             f"batch_size={batch_size!r}. Write DeviceFleet(speed=80, speed_unit='examples', batch_size=10)."
         )
-    if batch_size is not None and batch_size < 1:
+    if batch_size is not None and not (is_integer(batch_size) and batch_size >= 1):
         raise MisconfigurationException(f"Expected batch_size to be an integer >= 1, got {batch_size!r}.")

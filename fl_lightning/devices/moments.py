@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_lightning.devices.battery import level_after
+from fl_lightning.devices.checks import is_number
 from fl_lightning.devices.conditions import Conditions
 from fl_lightning.devices.participants import Participants
 from fl_lightning.devices.properties import FieldValue, Properties, spread_out
@@ -32,8 +33,10 @@ class Moments(Properties):
 
     def __init__(self, given: Mapping[str, FieldValue], profile: str, seed: int, start_hour: float) -> None:
         super().__init__(given, profile, seed)
-        if not (math.isfinite(start_hour) and 0 <= start_hour < 24):
-            raise MisconfigurationException(f"Expected start_hour to be an hour in [0, 24), got {start_hour!r}.")
+        if not (is_number(start_hour) and 0 <= start_hour < 24):
+            raise MisconfigurationException(
+                f"DeviceFleet expected start_hour to be an hour in [0, 24), got {start_hour!r}."
+            )
         self.start_hour = float(start_hour)
 
     def conditions(

@@ -5,11 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from fl_lightning.devices.checks import is_number
 from fl_lightning.errors import MisconfigurationException
 from fl_lightning.types import ClientId, Work
 
-__all__ = ["AdaptiveEpochs", "AdaptiveWidth", "Circumstances", "DeadlineSteps", "WorkPolicy", "adapted"]
+__all__ = [
+    "AdaptiveEpochs",
+    "AdaptiveWidth",
+    "Circumstances",
+    "DeadlineSteps",
+    "WorkPolicy",
+    "adapted",
+    "checked_policies",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +74,8 @@ class AdaptiveEpochs(WorkPolicy):
     """
 
     def __init__(self, threshold: float = 0.5, factor: float = 0.5) -> None:
-        if not 0 <= threshold <= 1 or not 0 < factor <= 1:
+        numbers = is_number(threshold) and is_number(factor)
+        if not numbers or not 0 <= threshold <= 1 or not 0 < factor <= 1:
             raise MisconfigurationException(
                 f"AdaptiveEpochs expected threshold in [0, 1] and factor in (0, 1], got threshold={threshold!r} and "
                 f"factor={factor!r}."
@@ -98,7 +109,7 @@ class DeadlineSteps(WorkPolicy):
     """
 
     def __init__(self, margin: float = 0.1) -> None:
-        if not 0 <= margin < 1:
+        if not is_number(margin) or not 0 <= margin < 1:
             raise MisconfigurationException(f"DeadlineSteps expected margin in [0, 1), got {margin!r}.")
         self.margin = margin
 
@@ -137,7 +148,8 @@ class AdaptiveWidth(WorkPolicy):
     """
 
     def __init__(self, memory_gb: float, smallest: float = 0.0625) -> None:
-        if not 0 < memory_gb < math.inf or not 0 < smallest <= 1:
+        numbers = is_number(memory_gb) and is_number(smallest)
+        if not numbers or not 0 < memory_gb < math.inf or not 0 < smallest <= 1:
             raise MisconfigurationException(
                 f"AdaptiveWidth expected memory_gb > 0 and smallest in (0, 1], got memory_gb={memory_gb!r} and "
                 f"smallest={smallest!r}."
@@ -149,6 +161,27 @@ class AdaptiveWidth(WorkPolicy):
         while width > self.smallest and width * self.memory_gb > now.memory_gb:
             width = max(width / 2, self.smallest)
         return replace(work, width=min(work.width, width))
+
+
+def checked_policies(of: str, policies: Any) -> list[WorkPolicy]:
+    """Return a schedule's policies as a list of its own.
+
+    Args:
+        of: the schedule, for the error.
+        policies: what it was given; ``None`` is none.
+
+    Raises:
+        MisconfigurationException: for one policy without a list around it, and for what is no policy.
+    """
+    if policies is None:
+        return []
+    found: list[Any] = list(policies) if isinstance(policies, list | tuple) else [None]
+    if not all(isinstance(policy, WorkPolicy) for policy in found):
+        raise MisconfigurationException(
+            f"{of} expected policies to be a list of policies such as [AdaptiveEpochs()], got {policies!r}. A function "
+            "becomes one as the adapt(work, now) of a subclass of WorkPolicy."
+        )
+    return found
 
 
 def adapted(

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fl_lightning.devices.checks import is_integer
 from fl_lightning.devices.device import Device
 from fl_lightning.devices.distributions import Distribution, parse
 from fl_lightning.devices.draws import client_keys, uniforms
@@ -36,6 +37,8 @@ class Properties:
     def __init__(self, given: Mapping[str, FieldValue], profile: str, seed: int) -> None:
         if profile not in PROFILES:
             raise MisconfigurationException(f"Expected profile to be one of {sorted(PROFILES)}, got {profile!r}.")
+        if not is_integer(seed):
+            raise MisconfigurationException(f"DeviceFleet expected seed to be an integer, got {seed!r}. Write seed=0.")
         self.seed = int(seed)
         self._properties = {
             name: PROFILES[profile][name] if value is None else _property(name, value) for name, value in given.items()

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fl_lightning.devices.eligibility import AllOf, Eligibility, Rule
+from fl_lightning.devices.checks import is_integer, is_number
+from fl_lightning.devices.eligibility import AllOf, Rule, checked_rule
 from fl_lightning.devices.energy import EnergyModel
 from fl_lightning.devices.fleet import DeviceFleet
 from fl_lightning.devices.participants import Participants
-from fl_lightning.devices.policies import DeadlineSteps, WorkPolicy
+from fl_lightning.devices.policies import DeadlineSteps, WorkPolicy, checked_policies
 from fl_lightning.devices.selection import RESTING, Selection, select
 from fl_lightning.devices.tallies import Tallies
 from fl_lightning.devices.trips import EMPTY, GAVE_UP, OFFLINE, Trips, devices_of, send
@@ -93,17 +94,11 @@ class DeviceRounds(Schedule):
         energy: EnergyModel | None = None,
     ) -> None:
         _check(over_selection, deadline, min_reports, stragglers)
-        for name, value in (("pace_seconds", pace_seconds), ("rest_seconds", rest_seconds), ("retries", retries)):
-            if not 0 <= value < math.inf:
-                raise MisconfigurationException(f"DeviceRounds expected {name} to be finite and >= 0, got {value!r}.")
-        if not 0 < wait_seconds < math.inf or not 0 <= max_wait_hours < math.inf:
-            raise MisconfigurationException(
-                f"DeviceRounds expected wait_seconds > 0 and max_wait_hours >= 0, both finite, got "
-                f"wait_seconds={wait_seconds!r} and max_wait_hours={max_wait_hours!r}."
-            )
+        _check_times(pace_seconds, rest_seconds, retries, wait_seconds, max_wait_hours)
         self.over_selection, self.deadline, self.min_reports = over_selection, deadline, min_reports
-        self.eligibility = eligibility if eligibility is not None else Eligibility()
-        self.policies = [*(policies or []), *([DeadlineSteps(margin=0.0)] if stragglers == "partial" else [])]
+        self.eligibility = checked_rule("DeviceRounds", eligibility)
+        own = checked_policies("DeviceRounds", policies)
+        self.policies = [*own, *([DeadlineSteps(margin=0.0)] if stragglers == "partial" else [])]
         self.pace_seconds, self.rest_seconds, self.retries = pace_seconds, rest_seconds, retries
         self.wait_seconds, self.max_wait_hours = wait_seconds, max_wait_hours
         self.energy = energy if energy is not None else EnergyModel()
@@ -288,18 +283,28 @@ class DeviceRounds(Schedule):
         self._not_before = float(state["not_before"])
 
 
+def _check_times(pace: float, rest: float, retries: int, wait: float, max_wait_hours: float) -> None:
+    for name, value in (("pace_seconds", pace), ("rest_seconds", rest), ("max_wait_hours", max_wait_hours)):
+        if not is_number(value) or not 0 <= value < math.inf:
+            raise MisconfigurationException(f"DeviceRounds expected {name} to be finite and >= 0, got {value!r}.")
+    if not is_integer(retries) or retries < 0:
+        raise MisconfigurationException(f"DeviceRounds expected retries to be an integer >= 0, got {retries!r}.")
+    if not is_number(wait) or not 0 < wait < math.inf:
+        raise MisconfigurationException(f"DeviceRounds expected wait_seconds > 0 and finite, got {wait!r}.")
+
+
 def _check(over_selection: float, deadline: float | None, min_reports: int | float, stragglers: str) -> None:
-    if not 1 <= over_selection < math.inf:
+    if not is_number(over_selection) or not 1 <= over_selection < math.inf:
         raise MisconfigurationException(
             f"DeviceRounds expected over_selection to be finite and >= 1, got {over_selection!r}. Write 1.3 for 130% "
             "of the reports that are wanted."
         )
-    if deadline is not None and not 0 < deadline < math.inf:
+    if deadline is not None and not (is_number(deadline) and 0 < deadline < math.inf):
         raise MisconfigurationException(
             f"DeviceRounds expected deadline in seconds > 0, or None for none, got {deadline!r}."
         )
-    valid = 0 < min_reports <= 1 if isinstance(min_reports, float) else min_reports >= 1
-    if isinstance(min_reports, bool) or not valid:
+    fraction = isinstance(min_reports, float) and 0 < min_reports <= 1
+    if not fraction and not (is_integer(min_reports) and min_reports >= 1):
         raise MisconfigurationException(
             f"DeviceRounds expected min_reports as a count >= 1 or a fraction in (0, 1], got {min_reports!r}."
         )

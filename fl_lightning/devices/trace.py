@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -113,14 +114,14 @@ def read_trace(path: str | os.PathLike[str], max_gap_seconds: float) -> Trace:
     which the device counts as offline.
 
     Args:
-        path: a CSV file in UTF-8.
+        path: a CSV file in UTF-8, with or without a byte order mark, which Excel writes.
         max_gap_seconds: longest time between two rows of a device, and from the clock's start, 0, to its first one;
             > 0, in seconds.
 
     Raises:
         MisconfigurationException: for ``max_gap_seconds`` that is no number above zero; names the line of an unknown
-            column, an empty or impossible value, times that go backwards, a gap between two times or before the first
-            one, a device whose rows are not together.
+            column, a byte that is no UTF-8, an empty or impossible value, times that go backwards, a gap between two
+            times or before the first one, a device whose rows are not together.
     """
     file_path = Path(path)
     number = isinstance(max_gap_seconds, int | float) and not isinstance(max_gap_seconds, bool)
@@ -131,11 +132,10 @@ def read_trace(path: str | os.PathLike[str], max_gap_seconds: float) -> Trace:
         )
     if not file_path.is_file():
         raise MisconfigurationException(f"DeviceFleet.from_trace expected a CSV file, found none at {file_path}.")
-    with open(file_path, newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        header = [name.strip() for name in next(reader, [])]
-        _check_header(file_path, header)
-        rows = [(reader.line_num, row) for row in reader if row]
+    reader = csv.reader(io.StringIO(_text(file_path), newline=""))
+    header = [name.strip() for name in next(reader, [])]
+    _check_header(file_path, header)
+    rows = [(reader.line_num, row) for row in reader if row]
     if not rows:
         raise MisconfigurationException(f"{file_path} has no device: line 2 is missing.")
     names: list[str] = []
@@ -156,6 +156,19 @@ def read_trace(path: str | os.PathLike[str], max_gap_seconds: float) -> Trace:
     seconds = np.array([values.get("seconds", 0.0) for values in table])
     holds = max_gap_seconds if "seconds" in header else math.inf
     return Trace(names, np.array([*starts, len(table)]), seconds, columns, holds)
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        got = f"the byte 0x{data[error.start]:02x}"
+        raise MisconfigurationException(
+            f"{path}, line {line}: expected text in UTF-8, got {got}. Save the trace as UTF-8, or read it in its own "
+            "encoding (latin-1, say) and write it again."
+        ) from error
 
 
 def _check_header(path: Path, header: Sequence[str]) -> None:
@@ -183,15 +196,17 @@ def _parsed(path: Path, line: int, header: Sequence[str], row: Sequence[str]) ->
 
 
 def _number(path: Path, line: int, name: str, text: str) -> float:
-    low, high = (0.0, 1.0) if name in SWITCHES else (0.0, math.inf)
-    if name in FIELDS:
-        low, high = FIELDS[name].low, FIELDS[name].high
+    low, high = (FIELDS[name].low, FIELDS[name].high) if name in FIELDS else (0.0, math.inf)
     if not text:
         _refuse(path, line, f"a value of {name}", "a gap")
     try:
         value = float(text)
     except ValueError:
         value = math.nan
+    if name in SWITCHES and value not in (0.0, 1.0):
+        _refuse(path, line, f"{name} to be 0 or 1", repr(text))
+    if name == "seconds" and not (0 <= value < math.inf):
+        _refuse(path, line, "seconds to be a finite number >= 0", repr(text))
     if not low <= value <= high:  # NaN is not within either
         _refuse(path, line, f"{name} to be a number in [{low:g}, {high:g}]", repr(text))
     return value

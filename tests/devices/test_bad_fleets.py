@@ -14,6 +14,7 @@ from spine_zoo import Classifier, fit_federated, sites
 from fl_lightning import FederatedTrainer
 from fl_lightning.devices import (
     AdaptiveEpochs,
+    AdaptiveWidth,
     AllOf,
     BatteryAtLeast,
     Choice,
@@ -77,8 +78,29 @@ from fl_lightning.types import Work
         (lambda: DeviceRounds(stragglers="wait"), "stragglers to be 'drop' or 'partial'"),
         (lambda: DeviceRounds(stragglers="partial"), "stragglers='partial' takes the steps that fit before a deadline"),
         (lambda: DeviceRounds(pace_seconds=-1), "pace_seconds to be finite and >= 0"),
-        (lambda: DeviceRounds(retries=-1), "retries to be finite and >= 0"),
+        (lambda: DeviceRounds(retries=-1), "DeviceRounds expected retries to be an integer >= 0, got -1"),
         (lambda: DeviceRounds(wait_seconds=0), "wait_seconds > 0"),
+        (lambda: DeviceRounds(retries=1.5), "DeviceRounds expected retries to be an integer >= 0, got 1.5"),
+        (lambda: DeviceRounds(over_selection="2"), "over_selection to be finite and >= 1, got '2'"),
+        (lambda: DeviceRounds(deadline="5"), "deadline in seconds > 0, or None for none, got '5'"),
+        (lambda: DeviceRounds(min_reports="3"), "min_reports as a count >= 1 or a fraction .* got '3'"),
+        (lambda: DeviceRounds(pace_seconds="9"), "pace_seconds to be finite and >= 0, got '9'"),
+        (lambda: DeviceRounds(max_wait_hours=None), "max_wait_hours to be finite and >= 0, got None"),
+        (lambda: DeviceRounds(wait_seconds="9"), "wait_seconds > 0 and finite, got '9'"),
+        (lambda: DeviceRounds(policies=AdaptiveEpochs()), r"policies to be a list .* \[AdaptiveEpochs\(\)\], got <"),
+        (lambda: DeviceRounds(policies=[3]), r"DeviceRounds expected policies to be a list of policies .* got \[3\]"),
+        (lambda: DeviceRounds(policies=[AdaptiveEpochs]), "policies to be a list of policies"),
+        (lambda: DeviceRounds(eligibility=lambda now: True), "DeviceRounds expected eligibility .* with Satisfies"),
+        (lambda: AdaptiveEpochs("5"), "AdaptiveEpochs expected threshold .* got threshold='5'"),
+        (lambda: AdaptiveEpochs(factor="5"), "AdaptiveEpochs expected .* factor='5'"),
+        (lambda: AdaptiveWidth(memory_gb="5"), "AdaptiveWidth expected memory_gb > 0 .* memory_gb='5'"),
+        (lambda: DeadlineSteps(margin="0"), "margin in .* got '0'"),
+        (lambda: Eligibility(idle="yes"), "Eligibility expected idle to be True or False, got 'yes'"),
+        (lambda: Eligibility(unmetered=1), "Eligibility expected unmetered to be True or False, got 1"),
+        (lambda: DeviceFleet(start_hour="x"), r"DeviceFleet expected start_hour to be an hour in .* got 'x'"),
+        (lambda: DeviceFleet(seed="a"), "DeviceFleet expected seed to be an integer, got 'a'"),
+        (lambda: DeviceFleet(seed=0.5), "DeviceFleet expected seed to be an integer, got 0.5"),
+        (lambda: DeviceFleet(speed_unit="examples", batch_size="8"), "batch_size to be an integer >= 1, got '8'"),
         (lambda: OortSampler(cutoff=0), "cutoff in"),
         (lambda: OortSampler(penalty=-1), "penalty >= 0"),
         (lambda: OortSampler(preferred_seconds=0), "preferred_seconds > 0"),
@@ -162,7 +184,10 @@ def written(tmp_path: Path, *lines: str) -> Path:
         (["client_id,speed", "a,quick"], r"line 2: expected speed to be a number in \[1e-09, inf\], got 'quick'"),
         (["client_id,speed", "a,nan"], "line 2: expected speed to be a number"),
         (["client_id,battery_level", "a,1.5"], r"line 2: expected battery_level to be a number in \[0, 1\]"),
-        (["client_id,seconds,online", "a,0,1", "a,-5,1"], "line 3: expected seconds to be a number"),
+        (["client_id,seconds,online", "a,0,1", "a,-5,1"], "line 3: expected seconds to be a finite number >= 0"),
+        (["client_id,seconds,online", "a,inf,1"], "line 2: expected seconds to be a finite number >= 0, got 'inf'"),
+        (["client_id,online", "a,1", "b,0.5"], "line 3: expected online to be 0 or 1, got '0.5'"),
+        (["client_id,charging", "a,nan"], "line 2: expected charging to be 0 or 1, got 'nan'"),
         (["client_id,seconds,online", "a,60,1", "a,30,0"], "line 3: expected the times of client 'a' to go up, got 30"),
         (["client_id,seconds,online", "a,60,1", "a,60,0"], "line 3: expected the times of client 'a' to go up"),
         (["client_id,seconds,online", "a,0,1", "a,90000,0"], "line 3: .* got a gap of 90000 seconds"),
@@ -174,6 +199,25 @@ def written(tmp_path: Path, *lines: str) -> Path:
 def test_a_damaged_trace_names_its_line(tmp_path: Path, lines: list[str], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         DeviceFleet.from_trace(written(tmp_path, *lines))
+
+
+def test_a_time_without_end_is_refused_however_long_gaps_may_be(tmp_path: Path) -> None:
+    path = written(tmp_path, "client_id,seconds,online", "a,inf,1")
+    with pytest.raises(MisconfigurationException, match="line 2: expected seconds to be a finite number"):
+        DeviceFleet.from_trace(path, max_gap_seconds=float("inf"))
+
+
+def test_a_trace_in_another_encoding_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_bytes("client_id,speed\nb,1\né,1\n".encode("latin-1"))
+    with pytest.raises(MisconfigurationException, match=r"csv, line 3: expected text in UTF-8, got the byte 0xe9"):
+        DeviceFleet.from_trace(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_bytes("client_id,speed\r\né,3\r\n".encode("utf-8-sig"))
+    assert DeviceFleet.from_trace(path).values("speed", ["é"]).tolist() == [3.0]
 
 
 @pytest.mark.parametrize("gap", [float("nan"), 0.0, -1.0, "a day", True])

@@ -16,8 +16,11 @@ from fl_lightning.devices import (
     DeadlineSteps,
     DeviceFleet,
     DeviceRounds,
+    EnergyModel,
+    Participants,
 )
 from fl_lightning.devices.rounds import ABANDONED
+from fl_lightning.devices.trips import GAVE_UP, send
 from fl_lightning.errors import NotEnoughClientsError
 from fl_lightning.schedules import FixedSampler
 from fl_lightning.schedules.reasons import round_summary, summary
@@ -161,6 +164,19 @@ def test_a_round_with_too_few_reports_is_abandoned_and_tried_again() -> None:
         NotEnoughClientsError, match=r"needs 5 reports and had \d in the last of 2 attempts: \d+ gave up"
     ):
         DeviceRounds(min_reports=1.0, retries=1).plan(occasion(DeviceFleet(dropout=0.9), range(100), 5))
+
+
+def test_each_attempt_has_drop_outs_of_its_own() -> None:
+    """A device that gave up in the first attempt does not give up in every one: half of them is lost each time."""
+    fleet, ids = DeviceFleet(dropout=0.5), range(400)
+    lost = []
+    for attempt in range(2):
+        trips = send(occasion(fleet, ids, 400), fleet, Participants(), ids, 0.0, None, [], EnergyModel(), attempt)
+        lost.append([reason == GAVE_UP for reason in trips.reasons])
+    both = sum(first and second for first, second in zip(*lost, strict=True))
+    # a quarter of 400 by chance, with a deviation of nine; all that the first attempt lost if the draw were the same
+    assert both == pytest.approx(100, abs=40)
+    assert sum(lost[0]) == pytest.approx(200, abs=40)
 
 
 def test_the_clock_waits_for_eligible_devices() -> None:
