@@ -62,8 +62,8 @@ class Setting:
 WHOLE = 600  # the paper's B = infinity: all that a client has is one batch
 SETTINGS = {
     "2nn": Setting(TwoNN, 0.97, 1, 10, (0.1, 0.05), (87, 664)),
-    "cnn": Setting(CNN, 0.99, 1, 10, (0.2, 0.05), (34, 350)),
-    "cnn-e5": Setting(CNN, 0.99, 5, 10, (0.1, 0.05), (20, 229)),
+    "cnn": Setting(CNN, 0.99, 1, 10, (0.2, 0.1), (34, 350)),
+    "cnn-e5": Setting(CNN, 0.99, 5, 10, (0.2, 0.1), (20, 229)),
     "cnn-e5-b50": Setting(CNN, 0.99, 5, 50, (0.1, 0.05), (29, 334)),
     "cnn-e20": Setting(CNN, 0.99, 20, 10, (0.1, 0.05), (18, 173)),
     "cnn-sgd": Setting(CNN, 0.99, 1, WHOLE, (0.1, 0.05), (626, 483)),
