@@ -20,8 +20,9 @@ class ClientError(RuntimeError):
     """The training of one client failed; ``client_id`` names it and ``__cause__`` keeps the original error."""
 
     def __init__(self, client_id: ClientId, round: int, reason: str) -> None:
+        stop = "" if reason.rstrip().endswith((".", "!", "?")) else "."
         super().__init__(
-            f"Client {client_id!r} failed in round {round}: {reason}\n"
+            f"Client {client_id!r} failed in round {round}: {reason.rstrip()}{stop}\n"
             "Mend the client, or pass on_bad_update='skip' to go on without it (the round's report names it)."
         )
         self.client_id = client_id

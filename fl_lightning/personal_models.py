@@ -129,7 +129,7 @@ def _merged(module: nn.Module, merge: bool) -> Iterator[None]:
     if not merge:
         yield
         return
-    hook = module.register_state_dict_post_hook(lambda module, state, *_: merge_lora_state(module, state))
+    hook = module.register_state_dict_post_hook(lambda module, state, *_: merge_lora_state(module, state))  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fl_lightning.algorithms.base import PERSONAL, Algorithm, OptimizerCallable, SchedulerCallable, Weights
 from fl_lightning.callbacks.base import ClientCallback
-from fl_lightning.callbacks.checks import epochs_or_none, flag, sgd_only
+from fl_lightning.callbacks.checks import epochs_or_none, flag, is_number, sgd_only
 from fl_lightning.callbacks.learning_rates import scale_learning_rates
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory, Phase, Tree
 
@@ -69,7 +69,7 @@ class APFL(Algorithm):
         weights: Weights = "examples",
     ) -> None:
         super().__init__(server_optimizer, server_lr_scheduler, weights)
-        if isinstance(alpha, bool) or not 0 < alpha <= 1:
+        if not is_number(alpha) or not 0 < alpha <= 1:
             raise MisconfigurationException(
                 f"APFL expected alpha in (0, 1], got {alpha!r}. 1 trains every client by itself; without a share of "
                 "its own (alpha=0) a client's model is the global one, which is FedAvg()."

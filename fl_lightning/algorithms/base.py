@@ -169,11 +169,21 @@ class Algorithm:
         weight = total.scalars["weight"]
         if not weight > 0:
             raise MisconfigurationException(
-                f"Expected a positive sum of client weights, got {weight}. With weights='examples' every client of "
-                "this cohort reports no examples: give the population client_size(id), or use weights='uniform'."
+                f"Expected a positive sum of client weights, got {weight}. {self._no_weight()}"
             )
         # divided, so that a single client's update comes out to 1 ulp whatever its weight
         return divided(total.trees["delta"], -weight), state
+
+    def _no_weight(self) -> str:
+        if callable(self.weights):
+            return (
+                "The callable that was given as weights returned 0 for every client of this cohort: return a positive "
+                "number for some, or use weights='uniform'."
+            )
+        return (
+            f"With weights={self.weights!r} every client of this cohort reports no examples: give the population "
+            "client_size(id), or use weights='uniform'."
+        )
 
     def check_cohort(self, num_clients: int) -> None:
         """Raise when the algorithm is not defined for a cohort of this size; asked before and after it trains."""

@@ -70,7 +70,9 @@ class FedNova(Algorithm):
 
     def client_callbacks(self) -> list[Callback]:
         proximal: list[Callback] = [ProximalTerm(self.mu)] if self.mu else []
-        return [*proximal, StepCounter(self.mu)]
+        counter = StepCounter(self.mu)
+        counter.beside_a_proximal_term = "Write FedNova(mu={mu}) and leave the ProximalTerm out of client_callbacks."
+        return [*proximal, counter]
 
     def contribute(self, update: ClientUpdate, task: ClientTask, memory: Memory) -> tuple[Contribution, Memory | None]:
         weight, norm = self.weight(update), self._norm(update)

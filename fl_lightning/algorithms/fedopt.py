@@ -7,7 +7,13 @@ from functools import partial
 import torch
 
 from fl_lightning.algorithms.base import Algorithm, SchedulerCallable, Weights
-from fl_lightning.algorithms.server_optimizers import ServerAdagrad, ServerAdam, ServerOptimizer, ServerYogi
+from fl_lightning.algorithms.server_optimizers import (
+    ServerAdagrad,
+    ServerAdam,
+    ServerOptimizer,
+    ServerYogi,
+    checked_settings,
+)
 from fl_lightning.callbacks.checks import in_unit_interval, positive
 
 __all__ = ["FedAdagrad", "FedAdam", "FedAvgM", "FedYogi"]
@@ -73,7 +79,8 @@ class _FedOpt(Algorithm):
         weights: Weights = "examples",
     ) -> None:
         optimizer = partial(self._optimizer, lr=lr, beta1=beta1, beta2=beta2, tau=tau, initial_v=initial_v)
-        optimizer(params=[torch.zeros(1)])  # a value out of range is an error here and not in the first round
+        # a value out of range is an error here and not in the first round
+        checked_settings(type(self).__name__, lr, beta1, beta2, tau, initial_v)
         super().__init__(optimizer, server_lr_scheduler, weights)
 
 

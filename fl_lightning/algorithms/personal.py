@@ -52,12 +52,13 @@ class FedPer(Algorithm):
         weights: Weights = "examples",
     ) -> None:
         super().__init__(server_optimizer, server_lr_scheduler, weights)
-        self.personal = (personal,) if isinstance(personal, str) else tuple(personal)
-        if not self.personal:
+        given = (personal,) if isinstance(personal, str) else personal
+        if not isinstance(given, Sequence) or not given or not all(isinstance(pattern, str) for pattern in given):
             raise MisconfigurationException(
-                f"{type(self).__name__} expected patterns of the parameters that stay local, got none. Write "
+                f"{type(self).__name__} expected patterns of the parameters that stay local, got {personal!r}. Write "
                 f"{type(self).__name__}(['head.*']), or use FedAvg() to share all of them."
             )
+        self.personal = tuple(given)
 
     def local_parameters(self, module: nn.Module) -> set[str]:
         names = [name for name, _ in module.named_parameters()]

@@ -61,7 +61,9 @@ class QFedAvg(Algorithm):
         self.lipschitz = None if lipschitz is None else positive("QFedAvg", "lipschitz", lipschitz)
 
     def client_callbacks(self) -> list[Callback]:
-        return [StartPass(), StepCounter()]
+        counter = StepCounter()
+        counter.beside_a_proximal_term = "Leave it out of client_callbacks: QFedAvg is defined for plain gradients."
+        return [StartPass(), counter]
 
     def contribute(self, update: ClientUpdate, task: ClientTask, memory: Memory) -> tuple[Contribution, Memory | None]:
         loss = float(update.extra["start_loss"])

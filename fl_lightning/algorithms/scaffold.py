@@ -69,7 +69,11 @@ class Scaffold(Algorithm):
 
     def client_callbacks(self) -> list[Callback]:
         start: list[Callback] = [StartPass(gradient=True)] if self.option == "I" else []
-        return [_ControlVariate(), StepCounter(), *start]
+        counter = StepCounter()
+        counter.beside_a_proximal_term = (
+            "Scaffold is not defined with a proximal term: leave it out of client_callbacks, or use FedProx(mu={mu})."
+        )
+        return [_ControlVariate(), counter, *start]
 
     def contribute(self, update: ClientUpdate, task: ClientTask, memory: Memory) -> tuple[Contribution, Memory | None]:
         self._check(update)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fl_lightning.callbacks.checks import in_unit_interval, non_negative, positive
 
-__all__ = ["ServerAdagrad", "ServerAdam", "ServerOptimizer", "ServerYogi"]
+__all__ = ["ServerAdagrad", "ServerAdam", "ServerOptimizer", "ServerYogi", "checked_settings"]
 
 
 class ServerOptimizer(Optimizer):
@@ -43,16 +43,7 @@ class ServerOptimizer(Optimizer):
         tau: float = 1e-3,
         initial_v: float | None = None,
     ) -> None:
-        owner = type(self).__name__
-        tau = positive(owner, "tau", tau)
-        defaults = {
-            "lr": positive(owner, "lr", lr),
-            "beta1": in_unit_interval(owner, "beta1", beta1),
-            "beta2": in_unit_interval(owner, "beta2", beta2),
-            "tau": tau,
-            "initial_v": tau**2 if initial_v is None else non_negative(owner, "initial_v", initial_v),
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, checked_settings(type(self).__name__, lr, beta1, beta2, tau, initial_v))
 
     def second_moment(self, v: Tensor, squared: Tensor, beta2: float) -> None:
         """Bring ``v`` up to date in place, given the squared update of this round."""
@@ -84,6 +75,28 @@ class ServerOptimizer(Optimizer):
         m.mul_(group["beta1"]).add_(gradient, alpha=-(1 - group["beta1"]))
         self.second_moment(v, gradient * gradient, group["beta2"])
         parameter.addcdiv_(m, v.sqrt().add_(group["tau"]), value=group["lr"])
+
+
+def checked_settings(
+    owner: str, lr: float, beta1: float, beta2: float, tau: float, initial_v: float | None
+) -> dict[str, float]:
+    """Return the settings of a :class:`ServerOptimizer`.
+
+    Args:
+        owner: the class that the user wrote, for the error.
+        lr, beta1, beta2, tau, initial_v: as in :class:`ServerOptimizer`.
+
+    Raises:
+        MisconfigurationException: for a value out of range.
+    """
+    tau = positive(owner, "tau", tau)
+    return {
+        "lr": positive(owner, "lr", lr),
+        "beta1": in_unit_interval(owner, "beta1", beta1),
+        "beta2": in_unit_interval(owner, "beta2", beta2),
+        "tau": tau,
+        "initial_v": tau**2 if initial_v is None else non_negative(owner, "initial_v", initial_v),
+    }
 
 
 class ServerAdagrad(ServerOptimizer):

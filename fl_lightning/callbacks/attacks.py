@@ -131,8 +131,18 @@ class LabelFlip(Attack):
         self.target = target
 
     def flipped(self, labels: Tensor) -> Tensor:
-        """Return the labels that the attackers train on."""
+        """Return the labels that the attackers train on.
+
+        Raises:
+            MisconfigurationException: for a label that is none of ``num_classes``.
+        """
         if self.num_classes is not None:
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+                raise MisconfigurationException(
+                    f"LabelFlip(num_classes={self.num_classes}) flips labels from 0 to {self.num_classes - 1}, and a "
+                    f"batch of an attacker has labels from {int(labels.min())} to {int(labels.max())}. Give the number "
+                    "of classes of the data, or say which labels to exchange: mapping={7: 1}."
+                )
             return self.num_classes - 1 - labels
         wrong = labels.clone()
         for label, other in (self.mapping or {}).items():

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from fl_lightning.types import ClientTask, Memory, Tree
 
-__all__ = ["ClientCallback", "GradientCorrection"]
+__all__ = ["ClientCallback", "GradientCorrection", "dense_gradient"]
 
 
 class ClientCallback(Callback):
@@ -32,6 +32,21 @@ class ClientCallback(Callback):
     def report(self) -> dict[str, Any]:
         """Return what the algorithm's ``contribute`` finds in ``update.extra``: tensors and primitives."""
         return {}
+
+
+def dense_gradient(parameter: Tensor) -> Tensor:
+    """Return the gradient, made dense in place: what corrections add is dense, and ``Embedding(sparse=True)`` is not.
+
+    Example:
+        >>> table = torch.nn.Embedding(3, 1, sparse=True)
+        >>> table(torch.tensor([1])).sum().backward()
+        >>> dense_gradient(table.weight).flatten().tolist(), table.weight.grad.is_sparse
+        ([0.0, 1.0, 0.0], False)
+    """
+    assert parameter.grad is not None
+    if parameter.grad.is_sparse:
+        parameter.grad = parameter.grad.to_dense()
+    return parameter.grad
 
 
 class GradientCorrection(ClientCallback):
@@ -118,7 +133,7 @@ class GradientCorrection(ClientCallback):
         if not params:
             return
         with torch.no_grad():
-            grads = {name: p.grad for name, p in params.items() if p.grad is not None}
+            grads = {name: dense_gradient(p) for name, p in params.items()}
             corrected = self.correct(grads, {name: p.detach() for name, p in params.items()}, self.task)
             for name, p in params.items():
                 if p.grad is not None and corrected[name] is not p.grad:

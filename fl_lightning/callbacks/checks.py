@@ -14,6 +14,7 @@ __all__ = [
     "flag",
     "has_gradient",
     "in_unit_interval",
+    "is_number",
     "non_negative",
     "positive",
     "sgd_only",
@@ -30,7 +31,7 @@ def non_negative(owner: str, name: str, value: float, hint: str = "") -> float:
         >>> non_negative("FedProx", "mu", 1)
         1.0
     """
-    return _checked(owner, name, value, _is_number(value) and value >= 0, "a finite number >= 0", hint)
+    return _checked(owner, name, value, is_number(value) and value >= 0, "a finite number >= 0", hint)
 
 
 def positive(owner: str, name: str, value: float, hint: str = "") -> float:
@@ -43,7 +44,7 @@ def positive(owner: str, name: str, value: float, hint: str = "") -> float:
         >>> positive("FedDyn", "alpha", 0.1)
         0.1
     """
-    return _checked(owner, name, value, _is_number(value) and value > 0, "a finite number > 0", hint)
+    return _checked(owner, name, value, is_number(value) and value > 0, "a finite number > 0", hint)
 
 
 def in_unit_interval(owner: str, name: str, value: float, hint: str = "") -> float:
@@ -56,7 +57,7 @@ def in_unit_interval(owner: str, name: str, value: float, hint: str = "") -> flo
         >>> in_unit_interval("FedAvgM", "momentum", 0.9)
         0.9
     """
-    return _checked(owner, name, value, _is_number(value) and 0 <= value < 1, "a number in [0, 1)", hint)
+    return _checked(owner, name, value, is_number(value) and 0 <= value < 1, "a number in [0, 1)", hint)
 
 
 def epochs_or_none(owner: str, name: str, value: int | None, like: str, hint: str = "") -> int | None:
@@ -86,7 +87,7 @@ def finite(owner: str, name: str, value: float, hint: str = "") -> float:
         >>> finite("ALittleIsEnough", "z", -1)
         -1.0
     """
-    return _checked(owner, name, value, _is_number(value), "a finite number", hint)
+    return _checked(owner, name, value, is_number(value), "a finite number", hint)
 
 
 def flag(owner: str, name: str, value: bool) -> bool:
@@ -134,7 +135,13 @@ def sgd_only(owner: str, optimizers: Iterable[Optimizer], hint: str) -> None:
             )
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite number, and no bool.
+
+    Example:
+        >>> is_number(0.5), is_number(True), is_number("a"), is_number(float("nan"))
+        (True, False, False, False)
+    """
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

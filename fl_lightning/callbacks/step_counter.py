@@ -98,6 +98,9 @@ class StepCounter(ClientCallback):
         (3, 3.0)
     """
 
+    beside_a_proximal_term: str = "Write StepCounter(mu={mu})."
+    """What to do about a proximal term of another strength; an algorithm that brings the counter knows better."""
+
     def __init__(self, mu: float = 0.0) -> None:
         super().__init__()
         self.mu = non_negative("StepCounter", "mu", mu)
@@ -174,9 +177,7 @@ class StepCounter(ClientCallback):
             if isinstance(term, ProximalTerm) and term.mu != self.mu:
                 raise MisconfigurationException(
                     f"StepCounter counts for mu={self.mu}, and a ProximalTerm with mu={term.mu} runs beside it: the "
-                    f"normaliser would be wrong. Write FedNova(mu={term.mu}) and leave the ProximalTerm out of "
-                    f"client_callbacks, or StepCounter(mu={term.mu}) where the counter is yours. Scaffold is not "
-                    "defined with a proximal term."
+                    f"normaliser would be wrong. {self.beside_a_proximal_term.format(mu=term.mu)}"
                 )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

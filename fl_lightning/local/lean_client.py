@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from fl_lightning.callbacks.base import GradientCorrection
+from fl_lightning.callbacks.base import GradientCorrection, dense_gradient
 from fl_lightning.local.lean_data import Batches, TensorBatches
 from fl_lightning.local.lean_log import Log, Points, ResultLog, ScalarLog
 from fl_lightning.local.lean_plain import lightning_module, overrides
@@ -311,7 +311,7 @@ class Fit:
             params = {name: p for name, p in named if p.grad is not None}
             if not params:
                 return
-            grads: dict[str, Tensor] = {name: p.grad for name, p in params.items()}  # type: ignore[misc]
+            grads: dict[str, Tensor] = {name: dense_gradient(p) for name, p in params.items()}
             corrected = callback.correct(grads, {name: p.detach() for name, p in params.items()}, task)
             for name, p in params.items():
                 if corrected[name] is not p.grad:

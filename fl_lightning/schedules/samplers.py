@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from fl_lightning.callbacks.checks import flag, is_number
 from fl_lightning.schedules.sampling import Sampler, UniformSampler
 from fl_lightning.seeding import seed_for
 from fl_lightning.types import ClientId, Population
@@ -43,7 +44,7 @@ class PoissonSampler(Sampler):
     may_draw_nobody = True
 
     def __init__(self, rate: float | None = None) -> None:
-        if rate is not None and not 0 < rate <= 1:
+        if rate is not None and (not is_number(rate) or not 0 < rate <= 1):
             raise MisconfigurationException(
                 f"PoissonSampler expected rate to be a probability in (0, 1], got {rate!r}. Leave it out to take "
                 "clients_per_round / number of clients."
@@ -178,6 +179,9 @@ class RoundRobinSampler(Sampler):
     Args:
         shuffle: ``False`` follows the order of ``client_ids()``.
 
+    Raises:
+        MisconfigurationException: unless ``shuffle`` is True or False.
+
     Example:
         >>> class Five:
         ...     def client_ids(self): return "abcde"
@@ -187,7 +191,7 @@ class RoundRobinSampler(Sampler):
     """
 
     def __init__(self, shuffle: bool = True) -> None:
-        self.shuffle = shuffle
+        self.shuffle = flag("RoundRobinSampler", "shuffle", shuffle)
 
     def cohort(self, population: Population, size: int, seed: int, round: int) -> list[ClientId]:
         ids = population.client_ids()

@@ -22,8 +22,11 @@ from fl_lightning.algorithms import (
     FedBuff,
     FedDyn,
     FedNova,
+    FedPer,
     FedProx,
+    FedRep,
     MimeLite,
+    QFedAvg,
     Scaffold,
 )
 from fl_lightning.callbacks import ProximalTerm
@@ -66,6 +69,10 @@ def run(algorithm: Algorithm, module: Any, rounds: int = 1, data: Any = None, **
         (lambda: Scaffold("III"), "Scaffold expected option='I'.*or option='II', got 'III'"),
         (lambda: FedAvg(weights="sizes"), "weights='examples', 'uniform' or a callable.*got 'sizes'"),
         (lambda: FedProx(adaptive="no"), "FedProx expected adaptive to be True or False, got 'no'"),
+        (lambda: APFL("a"), r"APFL expected alpha in \(0, 1\], got 'a'"),
+        (lambda: FedPer(None), r"FedPer expected patterns.*got None. Write FedPer\(\['head"),
+        (lambda: FedRep([3]), r"FedRep expected patterns.*got \[3\]. Write FedRep\(\['head"),
+        (lambda: FedPer([]), r"FedPer expected patterns.*got \[\]. Write FedPer"),
         (lambda: APFL(adaptive=1), "APFL expected adaptive to be True or False, got 1"),
         (
             lambda: FedAvg("adam"),
@@ -118,8 +125,13 @@ def test_fednova_says_what_it_is_defined_for() -> None:
 
 @pytest.mark.parametrize("loop", ["lean", "lightning"])
 def test_fednova_and_scaffold_refuse_a_proximal_term_that_they_do_not_know_of(loop: Any) -> None:
-    for algorithm in (FedNova(), Scaffold()):
-        with pytest.raises(MisconfigurationException, match=r"counts for mu=0.0.*Write FedNova\(mu=2.0\) and leave"):
+    advice: dict[Algorithm, str] = {
+        FedNova(): r"Write FedNova\(mu=2.0\) and leave the ProximalTerm out of client_callbacks\.$",
+        Scaffold(): r"wrong. Scaffold is not defined with a proximal term: leave it out.*FedProx\(mu=2.0\)\.$",
+        QFedAvg(): r"wrong. Leave it out of client_callbacks: QFedAvg is defined for plain gradients\.$",
+    }
+    for algorithm, instead in advice.items():
+        with pytest.raises(MisconfigurationException, match=r"counts for mu=0.0.*" + instead):
             run(algorithm, Net(), client_callbacks=[ProximalTerm(2.0)], local_loop=loop)
 
 
@@ -152,7 +164,8 @@ def test_an_algorithms_own_correction_may_not_be_doubled(name: str) -> None:
 def test_weights_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"weights to return a finite number >= 0, got -1.0"):
         run(FedAvg(weights=lambda update: -1.0), Net())
-    with pytest.raises(MisconfigurationException, match=r"Expected a positive sum of client weights, got 0.0"):
+    zero = r"Expected a positive sum of client weights, got 0.0. The callable that was given as weights returned 0 for"
+    with pytest.raises(MisconfigurationException, match=zero):
         run(FedAvg(weights=lambda update: 0.0), Net())
 
 

@@ -135,10 +135,10 @@ def test_torchs_own_adam_is_an_alternative() -> None:
     [
         (lambda: FedAvgM(momentum=1.0), r"FedAvgM expected momentum to be a number in \[0, 1\), got 1.0; 0 is FedAvg"),
         (lambda: FedAvgM(lr=0.0), "FedAvgM expected lr to be a finite number > 0, got 0.0"),
-        (lambda: FedAdam(lr=-1.0), "ServerAdam expected lr to be a finite number > 0, got -1.0"),
+        (lambda: FedAdam(lr=-1.0), "FedAdam expected lr to be a finite number > 0, got -1.0"),
         (lambda: FedAdam(beta1=1.0), r"expected beta1 to be a number in \[0, 1\)"),
-        (lambda: FedYogi(beta2=-0.1), r"ServerYogi expected beta2 to be a number in \[0, 1\)"),
-        (lambda: FedAdagrad(tau=0.0), "ServerAdagrad expected tau to be a finite number > 0"),
+        (lambda: FedYogi(beta2=-0.1), r"FedYogi expected beta2 to be a number in \[0, 1\)"),
+        (lambda: FedAdagrad(tau=0.0), "FedAdagrad expected tau to be a finite number > 0"),
         (lambda: FedAdagrad(initial_v=-1.0), "expected initial_v to be a finite number >= 0, got -1.0"),
     ],
 )

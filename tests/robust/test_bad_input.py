@@ -32,6 +32,7 @@ from fl_lightning.types import ClientTask
         (lambda: CoordinateMedian(-1), "expected f to be an integer >= 0, got -1"),
         (lambda: TrimmedMean(), "one of fraction and f, got fraction=None and f=None"),
         (lambda: TrimmedMean(0.1, 1), "one of fraction and f, got fraction=0.1 and f=1"),
+        (lambda: TrimmedMean("a"), r"fraction to be in \[0, 0.5\), got 'a'"),
         (lambda: TrimmedMean(0.5), r"fraction to be in \[0, 0.5\), got 0.5"),
         (lambda: GeometricMedian(smoothing=0.0), "smoothing to be a finite number > 0"),
         (lambda: GeometricMedian(max_iterations=0), "max_iterations to be an integer >= 1, got 0"),
@@ -122,6 +123,12 @@ def test_attackers_that_do_not_exist_are_named(arguments: Any) -> None:
 def test_labels_that_cannot_be_exchanged() -> None:
     with pytest.raises(MisconfigurationException, match="labels at 'label', got list"):
         train(FedAvg(), Net(), clients(), client_callbacks=[LabelFlip(["site-0"], 3, target="label")])
+
+
+def test_more_labels_than_classes_are_the_attacks_fault() -> None:
+    wrong = r"^LabelFlip\(num_classes=2\) flips labels from 0 to 1, and a batch of an attacker has labels from 0 to 2\."
+    with pytest.raises(MisconfigurationException, match=wrong):
+        train(FedAvg(), Net(), clients(), client_callbacks=[LabelFlip(["site-0"], 2)])
 
 
 def test_labels_of_a_tuple_or_of_a_dict_without_them() -> None:

@@ -141,10 +141,15 @@ def test_round_robin_gives_everyone_a_turn_before_anyone_has_two() -> None:
     assert sorted(RoundRobinSampler().cohort(clients, 99, seed=4, round=7)) == list(range(10))
 
 
-@pytest.mark.parametrize("rate", [0.0, -0.1, 1.5])
-def test_a_rate_is_a_probability(rate: float) -> None:
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.5, "a"])
+def test_a_rate_is_a_probability(rate: Any) -> None:
     with pytest.raises(MisconfigurationException, match=r"rate to be a probability in \(0, 1\], got"):
         PoissonSampler(rate)
+
+
+def test_turns_are_shuffled_or_not() -> None:
+    with pytest.raises(MisconfigurationException, match=r"RoundRobinSampler expected shuffle to be True or.*'x'"):
+        RoundRobinSampler("x")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor
 from fl_lightning.algorithms.base import OptimizerCallable, SchedulerCallable
 from fl_lightning.algorithms.robust.base import RobustAlgorithm, count_of
 from fl_lightning.algorithms.robust.cohort import Cohort, coordinate_median
+from fl_lightning.callbacks.checks import is_number
 
 __all__ = ["CoordinateMedian", "TrimmedMean"]
 
@@ -93,7 +94,7 @@ class TrimmedMean(RobustAlgorithm):
                 f"TrimmedMean expected one of fraction and f, got fraction={fraction!r} and f={f!r}. Write "
                 "TrimmedMean(fraction=0.2) or TrimmedMean(f=2)."
             )
-        if fraction is not None and (isinstance(fraction, bool) or not 0 <= fraction < 0.5):
+        if fraction is not None and (not is_number(fraction) or not 0 <= fraction < 0.5):
             raise MisconfigurationException(
                 f"TrimmedMean expected fraction to be in [0, 0.5), got {fraction!r}. It is trimmed from both ends; "
                 "CoordinateMedian() trims all but the middle."
