@@ -54,8 +54,9 @@ class FedPer(Algorithm):
         super().__init__(server_optimizer, server_lr_scheduler, weights)
         given = (personal,) if isinstance(personal, str) else personal
         if not isinstance(given, Sequence) or not given or not all(isinstance(pattern, str) for pattern in given):
+            shown = "none" if given in ([], ()) else repr(personal)
             raise MisconfigurationException(
-                f"{type(self).__name__} expected patterns of the parameters that stay local, got {personal!r}. Write "
+                f"{type(self).__name__} expected patterns of the parameters that stay local, got {shown}. Write "
                 f"{type(self).__name__}(['head.*']), or use FedAvg() to share all of them."
             )
         self.personal = tuple(given)

@@ -72,7 +72,7 @@ def run(algorithm: Algorithm, module: Any, rounds: int = 1, data: Any = None, **
         (lambda: APFL("a"), r"APFL expected alpha in \(0, 1\], got 'a'"),
         (lambda: FedPer(None), r"FedPer expected patterns.*got None. Write FedPer\(\['head"),
         (lambda: FedRep([3]), r"FedRep expected patterns.*got \[3\]. Write FedRep\(\['head"),
-        (lambda: FedPer([]), r"FedPer expected patterns.*got \[\]. Write FedPer"),
+        (lambda: FedPer([]), "FedPer expected patterns.*got none. Write FedPer"),
         (lambda: APFL(adaptive=1), "APFL expected adaptive to be True or False, got 1"),
         (
             lambda: FedAvg("adam"),
