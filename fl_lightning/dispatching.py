@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -316,6 +317,18 @@ class Dispatcher:
         if isinstance(self.sampler, Sampler):
             self.sampler.learn(self._plan, deliveries)
         return self.schedule.learn(self._plan, deliveries)
+
+    def uploads_in_vain(self, delivered: Sequence[Delivery]) -> Counter[ClientId]:
+        """Return the bytes of reports that arrived and are not summed: as many each as the others have on average."""
+        assert self._plan is not None
+        sizes = [delivery.num_bytes_up for delivery in delivered]
+        mean = round(sum(sizes) / len(sizes)) if sizes else self.bytes_up
+        return Counter({client_id: mean * times for client_id, times in Counter(self._plan.in_vain).items()})
+
+    @property
+    def min_reports(self) -> int:
+        """Fewest updates that make this round, as its schedule has it."""
+        return 0 if self._plan is None else self._plan.min_reports
 
     def commit(self) -> None:
         """Make the state of the round that just ended the one that a checkpoint holds."""

@@ -146,6 +146,7 @@ class Federation:
 
     def _report(self, round: int, plan: Plan, results: Sequence[ClientResult]) -> RoundReport:
         delivered = [result for result in results if result.failure is None]
+        self.bytes_answered.update(self.dispatcher.uploads_in_vain(delivered))
         report = RoundReport(round, [result.client_id for result in delivered])
         report.dropped = dict(plan.dropped)
         report.skipped = {r.client_id: r.failure.reason for r in results if r.failure is not None}
@@ -258,7 +259,7 @@ class Federation:
         if (self.dispatcher.drew_nobody and not tasks) or (waits and self.patience.lasts(report)):
             # no gradient at all, and not one of zeros: torch's optimizers then leave momentum and weights alone
             return {}, self.state, {}
-        require_delivered(report, self.settings.min_clients)
+        require_delivered(report, self.settings.min_clients, self.dispatcher.min_reports)
         if self.algorithm.linear:
             return self._finish(total)
         return self._combine(single, report.cohort, tasks[0])

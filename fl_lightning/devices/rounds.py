@@ -47,13 +47,15 @@ class DeviceRounds(Schedule):
 
     A round looks for ``over_selection`` times as many devices as reports are wanted, waits on the virtual clock while
     too few are eligible, and is complete when the wanted reports are in, at the deadline, or when everyone has reported
-    or is lost. With too few reports it is abandoned and tried again with other devices. What happened to whom stands in
+    or is lost. With too few reports it is abandoned and tried again, with others in place of the devices that were lost
+    or late; these are asked again only when too few others are eligible. What happened to whom stands in
     ``RoundReport.dropped``. With a fleet in which nothing is in the way it is the round of FedAvg, bit for bit.
 
     Args:
         over_selection: devices that are sent work for each report that is wanted, >= 1; Bonawitz et al. use 1.3.
         deadline: seconds on the virtual clock after which reports are late; ``None`` waits for everyone.
-        min_reports: fewest reports that make a round, as a count or as a fraction of ``clients_per_round``.
+        min_reports: fewest reports that make a round, as a count or as a fraction of ``clients_per_round``. A round of
+            which so many updates are refused (``on_bad_update="skip"``) that fewer are left is an error.
         eligibility: who may work; ``None`` is :class:`Eligibility`.
         policies: change a device's work by its circumstances, in order.
         stragglers: ``"drop"`` throws away what a device has not finished at the deadline; ``"partial"`` takes the steps
@@ -123,10 +125,12 @@ class DeviceRounds(Schedule):
         begin, attempts = max(occasion.clock, self._not_before), []
         dropped: dict[ClientId, str] = {}
         counts: Counter[str] = Counter()
+        failed: set[ClientId] = set()
         for attempt in range(self.retries + 1):
-            start, selection = self._wait(occasion, fleet, begin, attempt)
+            start, selection = self._wait(occasion, fleet, begin, attempt, failed)
             tried = self._try(occasion, fleet, selection.chosen, start, attempt)
             attempts.append(tried)
+            failed.update(tried.dropped)
             enough = len(tried.accepted) >= self.required(occasion.size)
             if not enough:
                 tried.dropped.update({tried.trips.client_ids[index]: ABANDONED for index in tried.accepted})
@@ -145,15 +149,18 @@ class DeviceRounds(Schedule):
         self._not_before = attempts[-1].trips.begin + self.pace_seconds
         return self._as_plan(occasion, fleet, attempts, dropped, counts)
 
-    def _wait(self, occasion: Occasion, fleet: DeviceFleet, begin: float, attempt: int) -> tuple[float, Selection]:
+    def _wait(
+        self, occasion: Occasion, fleet: DeviceFleet, begin: float, attempt: int, failed: set[ClientId]
+    ) -> tuple[float, Selection]:
         """Look for devices until enough are eligible; the clock goes on meanwhile."""
         at = begin
         needed = min(self.required(occasion.size), occasion.size)
         wanted = min(self.invited(occasion.size), len(occasion.population.client_ids()))
         while True:
             found = select(
-                occasion, fleet, self.eligibility, self.participants, wanted, at, attempt, self.rest_seconds, at > begin
-            )
+                occasion, fleet, self.eligibility, self.participants, wanted, at, attempt, self.rest_seconds,
+                at > begin, failed,
+            )  # fmt: skip
             if len(found.chosen) >= needed:
                 return at, found
             at += self.wait_seconds
@@ -227,7 +234,8 @@ class DeviceRounds(Schedule):
         )
         for dispatch in dispatches:
             dropped.pop(dispatch.client_id, None)
-        sent = {client_id: None for tried in attempts for client_id in tried.trips.client_ids}
+        sent = [client_id for tried in attempts for client_id in tried.trips.client_ids]
+        in_vain = [tried.trips.client_ids[index] for tried in attempts[:-1] for index in tried.accepted]
         metrics = self._metrics(occasion, fleet, attempts, counts)
         return Plan(
             dispatches,
@@ -235,6 +243,8 @@ class DeviceRounds(Schedule):
             dropped,
             downloads=tuple(sorted(sent, key=sort_key)),
             metrics=metrics,
+            in_vain=tuple(sorted(in_vain, key=sort_key)),
+            min_reports=self.required(occasion.size),
         )
 
     def _reasons(self) -> list[str]:

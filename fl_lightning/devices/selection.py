@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,6 +68,7 @@ def select(
     attempt: int = 0,
     rest_seconds: float = 0.0,
     everyone: bool = False,
+    failed: Collection[ClientId] = (),
 ) -> Selection:
     """Ask devices until some are found.
 
@@ -85,8 +86,29 @@ def select(
         attempt: further attempts of a round draw others.
         rest_seconds: how long a device is left alone after its last work.
         everyone: ask in one wave, for when it is known that waves would not do.
+        failed: devices that earlier attempts of the round lost; they are asked last, when all others are too few.
     """
     found = Selection()
+    for avoided in (failed, ()) if failed else ((),):
+        if len(found.chosen) < wanted:
+            _ask(found, occasion, fleet, rule, participants, wanted, at, attempt, rest_seconds, everyone, avoided)
+    return found
+
+
+def _ask(
+    found: Selection,
+    occasion: Occasion,
+    fleet: DeviceFleet,
+    rule: Rule,
+    participants: Participants,
+    wanted: int,
+    at: float,
+    attempt: int,
+    rest_seconds: float,
+    everyone: bool,
+    avoided: Collection[ClientId],
+) -> None:
+    """Ask everyone but those that are avoided, in waves."""
     num_clients = len(occasion.population.client_ids())
     size, strangers = num_clients if everyone else wanted, 0
     for wave in range(num_clients + _WAVES):
@@ -94,18 +116,18 @@ def select(
         if size >= num_clients and proposed == list(occasion.population.client_ids()):
             # everyone, in the population's order and no sampler's: the places must still go by chance
             proposed = _shuffled(occasion, proposed, attempt)
-        new = tuple(client_id for client_id in proposed if client_id not in found.asked)
+        new = tuple(client_id for client_id in proposed if client_id not in found.asked and client_id not in avoided)
         strangers = 0 if new else strangers + 1
         if new:
             found.take(new, *_verdicts(fleet, rule, participants, new, at, rest_seconds), wanted)
         asked = len(found.asked)
-        if len(found.chosen) == wanted or asked >= num_clients or size >= num_clients or strangers > 2:
-            return found
+        exhausted = size >= num_clients or asked + len(avoided) >= num_clients
+        if len(found.chosen) == wanted or exhausted or strangers > 2:
+            return
         share = max(len(found.chosen) / max(asked, 1), _RAREST)
-        size = asked + math.ceil((wanted - len(found.chosen)) / share)
+        size = asked + len(avoided) + math.ceil((wanted - len(found.chosen)) / share)
         if size > num_clients // 4:  # waves of strangers would now mostly meet each other
             size = num_clients
-    return found
 
 
 def _verdicts(

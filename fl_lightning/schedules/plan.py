@@ -63,9 +63,13 @@ class Plan:
         dispatches: whose updates the round sums; a client may stand in it twice, the earlier ``dispatch_id`` first.
         finished_at: seconds on the virtual clock when the round is complete.
         dropped: clients that were sent work and do not deliver, with the reason.
-        downloads: who downloads this round's model, in order; ``None`` stands for the clients of ``dispatches``.
+        downloads: who downloads this round's model, in order, a client as often as it does; ``None`` stands for the
+            clients of ``dispatches``.
         in_flight: dispatches that later rounds sum; the versions that they train from are kept.
         metrics: values of the round, for the report and the server's curves.
+        in_vain: whose reports arrived and are not summed. They do not train; for their upload counts the mean of the
+            updates that came back.
+        min_reports: fewest updates that make the round once those that cannot be used are left out.
     """
 
     dispatches: tuple[Dispatch, ...]
@@ -74,6 +78,8 @@ class Plan:
     downloads: tuple[ClientId, ...] | None = None
     in_flight: tuple[Dispatch, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
+    in_vain: tuple[ClientId, ...] = ()
+    min_reports: int = 0
 
 
 def _cannot_draw(size: int, wave: int) -> list[ClientId]:

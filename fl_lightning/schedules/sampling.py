@@ -137,12 +137,20 @@ class Patience:
         return 0 < self._in_a_row <= self.most
 
 
-def require_delivered(report: RoundReport, min_clients: int) -> None:
-    """Raise when too few of the cohort delivered, with the reasons of those that did not."""
-    if len(report.cohort) < min_clients:
+def require_delivered(report: RoundReport, min_clients: int, min_reports: int = 0) -> None:
+    """Raise when too few of the cohort delivered, with the reasons of those that did not.
+
+    Args:
+        report: of the round.
+        min_clients: fewest clients, of the trainer.
+        min_reports: fewest reports, of the schedule.
+    """
+    fewest = max(min_clients, min_reports)
+    if len(report.cohort) < fewest:
+        name = "min_reports" if min_reports > min_clients else "min_clients"
         missing = [*report.skipped.items(), *report.dropped.items()]
         reasons = "; ".join(f"{client_id!r}: {reason}" for client_id, reason in missing[:5])
         raise NotEnoughClientsError(
-            f"Round {report.round} needs min_clients={min_clients}, but only {len(report.cohort)} clients delivered. "
-            f"Skipped: {reasons or 'none'}. Mend them, or lower min_clients."
+            f"Round {report.round} needs {name}={fewest}, but only {len(report.cohort)} clients delivered. "
+            f"Skipped: {reasons or 'none'}. Mend them, or lower {name}."
         )

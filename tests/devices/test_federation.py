@@ -49,6 +49,45 @@ def test_devices_that_are_never_in_the_way_change_nothing(more: dict[str, Any]) 
     assert times[0] == sorted(times[0])
 
 
+def test_the_bytes_of_every_attempt_count() -> None:
+    """A model down for each device that is sent work, and an update up for each report, abandoned attempts included."""
+    names = list(sites(12))
+    fleet = DeviceFleet(speed=lambda client_id: 0.001 if client_id in names[:6] else 100.0)
+    rounds = DeviceRounds(deadline=5.0, min_reports=3, retries=9)
+    _, trainer = fitted(clients=12, max_rounds=6, fleet=fleet, schedule=rounds)
+    _, plain = fitted(clients=12, max_rounds=1)
+    model_bytes, update_bytes = (
+        plain.round_history[0].num_bytes_down // 3, plain.round_history[0].num_bytes_up // 3,
+    )  # fmt: skip
+    assert any(r.metrics["devices/sent"] > 3 for r in trainer.round_history)
+    in_vain = 0
+    for report in trainer.round_history:
+        assert report.num_bytes_down == model_bytes * report.metrics["devices/sent"]
+        reports = 3 + report.metrics["devices/dropped/round_abandoned"]
+        assert report.num_bytes_up == pytest.approx(update_bytes * reports, abs=3 * reports)
+        in_vain += int(reports) - 3
+    assert in_vain, "some attempts had reports and too few of them"
+
+
+def test_the_fewest_reports_are_kept_when_an_update_is_refused() -> None:
+    data = sites(4)
+    data["s1"].dataset.tensors[0].fill_(float("nan"))  # type: ignore[attr-defined]
+
+    def fit(min_reports: int) -> FederatedTrainer:
+        rounds = DeviceRounds(min_reports=min_reports)
+        trainer = FederatedTrainer(
+            **{**QUIET, "max_rounds": 1}, fleet=DeviceFleet(), schedule=rounds, on_bad_update="skip"
+        )
+        trainer.fit(Classifier(), ServedSites(data))
+        return trainer
+
+    with pytest.warns(UserWarning, match="Client 's1' is skipped"):
+        assert fit(3).round_history[0].cohort == ["s0", "s2", "s3"]
+    message = "Round 0 needs min_reports=4, but only 3 clients delivered. Skipped: 's1': .* or lower min_reports"
+    with pytest.warns(UserWarning, match="Client 's1' is skipped"), pytest.raises(NotEnoughClientsError, match=message):
+        fit(4)
+
+
 def test_what_is_dropped_is_not_in_the_sum() -> None:
     """A round without the two slow sites is a round of a federation in which they are not chosen."""
     names = list(sites(8))

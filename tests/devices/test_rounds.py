@@ -166,6 +166,30 @@ def test_a_round_with_too_few_reports_is_abandoned_and_tried_again() -> None:
         DeviceRounds(min_reports=1.0, retries=1).plan(occasion(DeviceFleet(dropout=0.9), range(100), 5))
 
 
+def test_a_round_is_tried_again_with_others_than_those_that_were_late() -> None:
+    """Eight slow devices of twelve: every attempt leaves out those that were late, so the fast ones are soon found."""
+    fleet = DeviceFleet(speed=lambda c: 0.01 if c < 8 else 100.0)
+    for round in range(40):
+        schedule = DeviceRounds(deadline=5.0, min_reports=3, retries=9)
+        plan = schedule.plan(occasion(fleet, range(12), 3, round=round))
+        assert {d.client_id for d in plan.dispatches} < {8, 9, 10, 11}
+        assert plan.downloads is not None
+        times = Counter(plan.downloads)
+        assert all(times[c] <= 1 for c in range(8)), "nobody who was late is asked a second time"
+        assert len(plan.downloads) == plan.metrics["devices/sent"], "who reports in vain downloads again"
+        assert len(plan.in_vain) == sum(times[c] for c in range(8, 12)) - 3
+
+
+def test_devices_that_were_lost_are_asked_again_when_there_is_nobody_else() -> None:
+    fleet = DeviceFleet(dropout=0.5)
+    plan = DeviceRounds(min_reports=4, retries=200).plan(occasion(fleet, range(4), 4))
+    assert [d.client_id for d in plan.dispatches] == [0, 1, 2, 3]
+    assert plan.metrics["devices/sent"] == 4 * (plan.metrics["devices/sent"] // 4) > 4
+    fixed = FixedSampler([["a", "b", "c"]])
+    plan = DeviceRounds(min_reports=3, retries=200).plan(occasion(fleet, list("abcdef"), 3, sampler=fixed))
+    assert [d.client_id for d in plan.dispatches] == ["a", "b", "c"]
+
+
 def test_each_attempt_has_drop_outs_of_its_own() -> None:
     """A device that gave up in the first attempt does not give up in every one: half of them is lost each time."""
     fleet, ids = DeviceFleet(dropout=0.5), range(400)
