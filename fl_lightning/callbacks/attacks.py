@@ -4,8 +4,11 @@ Each attack is a client callback that acts in chosen clients only::
 
     FederatedTrainer(algorithm=CoordinateMedian(f=2), client_callbacks=[SignFlip(clients=[3, 7], scale=10.0)])
 
-Honest clients are left alone to the bit. Attacks can be combined: label flips with model replacement are the usual
-backdoor. :class:`LittleIsEnough` is the attack of clients that know each other's updates.
+Honest clients train to the same bits as without an attack, in every loop and in groups, where attackers train beside
+them. An attack of your own keeps that when it overrides ``UpdateAttack.forged`` and no hook; with another one all
+clients train one by one, which without it they do with ``group_size=1``. Attacks can be combined: label flips with
+model replacement are the usual backdoor. :class:`LittleIsEnough` is the attack of clients that know each other's
+updates.
 """
 
 from __future__ import annotations
@@ -94,6 +97,9 @@ class LabelFlip(Attack):
 
     .. math:: y \leftarrow C - 1 - y, \qquad \text{or } y \leftarrow \text{mapping}(y)
 
+    The loss and the gradient at the start of a round, which some algorithms ask for, are those of the wrong labels too.
+    What a client answers to a sampler before the round (``PowerOfChoiceSampler``) is honest.
+
     Args:
         clients: ids of the attackers.
         num_classes: :math:`C` >= 2; give this or ``mapping``.
@@ -152,8 +158,19 @@ class LabelFlip(Attack):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.task is None:
-            return
+        if self.task is not None:
+            self.flip(batch)
+
+    def on_start_pass_batch(self, batch: Any) -> None:
+        if self.task is not None:
+            self.flip(batch)
+
+    def flip(self, batch: Any) -> None:
+        """Exchange the labels of a batch, whose tensors stay as they are.
+
+        Raises:
+            MisconfigurationException: for a batch in which there are none, or none that can be exchanged.
+        """
         labels = None
         if isinstance(batch, list | dict):
             try:
@@ -172,7 +189,8 @@ class LabelFlip(Attack):
 class UpdateAttack(Attack):
     """Base of attacks that train honestly and then send something else; a subclass defines :meth:`forged`.
 
-    Running statistics and what is logged stay as training left them.
+    Running statistics, what is logged, and what is reported beside the update (the gradient at the start of a round,
+    say) stay as training left them.
     """
 
     def forged(self, delta: Tree, task: ClientTask) -> Mapping[str, Tensor]:
@@ -183,6 +201,14 @@ class UpdateAttack(Attack):
             task: the attacker's task.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forged(delta, task).")
+
+    def sent(self, delta: Tree) -> Tree:
+        """Return the update of the model that the attacker pretends to have trained."""
+        assert self.task is not None
+        start = self.task.broadcast["model"]
+        forged = self.forged(delta, self.task)
+        # rounded as a model that holds it is
+        return {**delta, **{n: start[n].to(v.dtype) + v - start[n].to(v.dtype) for n, v in forged.items()}}
 
     @torch.no_grad()
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -29,6 +29,9 @@ class ClientCallback(Callback):
     def begin(self, task: ClientTask, memory: Memory) -> None:
         """Take what this round needs from the task and from the client's memory."""
 
+    def on_start_pass_batch(self, batch: Any) -> None:
+        """Change a batch of the pass before training (``StartPass``) as ``on_train_batch_start`` does in training."""
+
     def report(self) -> dict[str, Any]:
         """Return what the algorithm's ``contribute`` finds in ``update.extra``: tensors and primitives."""
         return {}

@@ -127,6 +127,9 @@ def _loss(trainer: Any, probe: pl.LightningModule, batch: Any, index: int) -> Te
         batch = probe._apply_batch_transfer_handler(batch, device=trainer.strategy.root_device, dataloader_idx=0)
     else:  # the lean loop, whose modules have no hooks of their own there
         batch = move_data_to_device(batch, trainer.strategy.root_device)
+    for callback in trainer.callbacks:
+        if isinstance(callback, ClientCallback):
+            callback.on_start_pass_batch(batch)
     with trainer.precision_plugin.train_step_context():
         takes_index = is_param_in_hook_signature(probe.training_step, "batch_idx", min_args=2)
         output = probe.training_step(*((batch, index) if takes_index else (batch,)))

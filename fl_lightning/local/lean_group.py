@@ -21,6 +21,7 @@ from fl_lightning.callbacks import StepCounter
 from fl_lightning.callbacks.base import ClientCallback, GradientCorrection
 from fl_lightning.local.job import Outcome
 from fl_lightning.local.lean_client import Facts, configure
+from fl_lightning.local.lean_group_attacks import forge
 from fl_lightning.local.lean_group_corrections import Corrections
 from fl_lightning.local.lean_group_data import GroupData, Member
 from fl_lightning.local.lean_group_linear import FusedLinears, plain_sgd, step_weight
@@ -28,6 +29,7 @@ from fl_lightning.local.lean_group_log import GroupLog, Tick
 from fl_lightning.local.lean_stack import CannotGroup, Rate, Rates, Rows, StackedOptimizer, put, stacked, take, trained
 from fl_lightning.local.lean_trainer import LeanTrainer, Progress
 from fl_lightning.local.recorder import ClientLogger
+from fl_lightning.tree import norm
 from fl_lightning.types import ClientUpdate, Tree
 
 __all__ = ["Group"]
@@ -267,7 +269,8 @@ class Group:
                 logger = ClientLogger(True, settings.save_dir, step_offset=offset)
                 self.log.replay(row, logger, offset, self._log_every)
             extra = self._reports(row)
-            delta = {n: columns[n][row] if n in columns else still[n] for n in settings.parameter_names}
+            trained = {n: columns[n][row] if n in columns else still[n] for n in settings.parameter_names}
+            delta = forge(trained, member.callbacks)
             update = ClientUpdate(
                 member.job.task.client_id,
                 delta,
@@ -279,7 +282,7 @@ class Group:
                 metrics=sums[row],
                 extra=extra,
                 memory={"local": {name: p[row].clone() for name, p in stay.items()}} if stay else {},
-                norm=norms[row],
+                norm=norms[row] if delta is trained else norm(delta),
             )
             found.append(Outcome(member.job, update, logger.take() if logger is not None else []))
         return found

@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fl_lightning.callbacks import StepCounter
 from fl_lightning.callbacks.base import GradientCorrection
 from fl_lightning.local.lean_client import Facts
+from fl_lightning.local.lean_group_attacks import attacks_in_groups
 from fl_lightning.local.settings import LocalSettings
 
 __all__ = ["cannot_group", "chunks", "group_size", "too_long"]
@@ -69,7 +70,7 @@ def _strange(callbacks: Iterable[Callback]) -> str | None:
             own = {name for name in _HOOKS if getattr(type(callback), name) is not getattr(GradientCorrection, name)}
             if not own and type(callback).on_before_optimizer_step is GradientCorrection.on_before_optimizer_step:
                 continue
-        elif type(callback) is StepCounter:
+        elif type(callback) is StepCounter or attacks_in_groups(callback):
             continue
         return f"the callback {type(callback).__name__} sees one client"
     return None

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from fl_lightning.local.job import Job, Outcome
 from fl_lightning.local.lean_data import TensorBatches, batches_of
 from fl_lightning.local.lean_group import Group
+from fl_lightning.local.lean_group_attacks import poison
 from fl_lightning.local.lean_group_data import Member
 from fl_lightning.local.lean_group_linear import CannotFuse
 from fl_lightning.local.lean_grouping import chunks, too_long
@@ -100,6 +101,7 @@ class Together:
                 return None
             memory = job.memory()
             callbacks = ClientRun(loop, job.task, data, memory, None).callbacks(phases[0])
+            poison(batches, callbacks)
         except (Exception, NotThisClient):
             return None  # its fault shows when it trains by itself
         num_examples = sum(batches.sizes()) if data.num_examples is None else data.num_examples

@@ -15,7 +15,7 @@ from torch import Tensor
 from fl_lightning.algorithms import AFL, QFedAvg
 from fl_lightning.algorithms.afl import simplex
 from fl_lightning.schedules import FixedSampler
-from fl_lightning.types import ClientTask, ClientUpdate
+from fl_lightning.types import ClientTask, ClientUpdate, Contribution
 
 
 def one_step() -> dict[str, Any]:
@@ -76,6 +76,25 @@ def test_absent_clients_keep_their_share_of_the_mixture() -> None:
     for state in states[1:]:
         assert sum(state["shares"].values()) == pytest.approx(1.0)
     assert sum(states[0]["shares"].values()) == pytest.approx(2 / 3)
+
+
+def test_who_comes_later_has_the_share_of_everyone_in_a_uniform_mixture() -> None:
+    """Two rounds by hand: of four clients, "a" alone, then "a" and "b", whose share is still a quarter."""
+    algorithm = AFL(step_size=0.1)
+    state = algorithm.init_state({})
+    values = []
+    for cohort in ({"a": (2.0, 5.0)}, {"a": (2.0, 5.0), "b": (-6.0, 1.0)}):
+        broadcast, weight, delta, losses = algorithm.broadcast(state), 0.0, torch.zeros(1), {}
+        for name, (move, loss) in cohort.items():
+            update = ClientUpdate(name, {"w": torch.tensor([move])}, {}, 1, 1, extra={"start_loss": loss})
+            sent, _ = algorithm.contribute(update, ClientTask(name, 0, 0, broadcast, seed=0), {})
+            weight, delta = weight + sent.scalars["weight"], delta + sent.trees["delta"]["w"]
+            losses.update({key: value for key, value in sent.scalars.items() if key != "weight"})
+        gradient, state = algorithm.apply(Contribution({"delta": {"w": delta}}, {"weight": weight, **losses}), state, 4)
+        values.append(-float(gradient["w"]))
+    # alone, "a" keeps its quarter whatever its loss; then both move by half of the difference of their losses
+    assert values == pytest.approx([2.0, (0.25 * 2.0 - 0.25 * 6.0) / 0.5])
+    assert state["shares"] == pytest.approx({"'a'": 0.25 + 0.2, "'b'": 0.25 - 0.2})
 
 
 def test_the_projection_is_the_nearest_point() -> None:

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from fl_lightning import FederatedTrainer, HeteroFL
+from fl_lightning import FederatedTrainer, HeteroFL, Quantize
 from fl_lightning.algorithms.heterofl import kept_lengths
 from fl_lightning.algorithms.layer_chain import check_chain
 from fl_lightning.callbacks.attacks import NoiseAttack
 from fl_lightning.errors import MisconfigurationException
-from fl_lightning.transforms import Eden
 from fl_lightning.types import ClientTask, ClientUpdate, Work
 
 QUIET: dict[str, Any] = {
@@ -229,9 +228,9 @@ def test_pooling_mixes_the_units_of_a_linear_layer_and_not_those_of_a_convolutio
             "client_callbacks": [NoiseAttack(["a"], std=100.0)],
             "client_overrides": {"a": {"width": 0.5}, "b": {"lr": 1e-9}},
         },
-        {"transforms": [Eden(bits=1)], "client_overrides": {"a": {"width": 0.5}, "b": {"lr": 1e-9}}},
+        {"transforms": [Quantize(bits=1)], "client_overrides": {"a": {"width": 0.5}, "b": {"lr": 1e-9}}},
     ],
-    ids=["noise attack", "lossy rotation"],
+    ids=["noise attack", "lossy transform"],
 )
 def test_nobody_moves_what_it_does_not_hold(arguments: dict[str, Any]) -> None:
     """Rows 4 to 7 of the hidden layer are held by a client alone that learns nothing: the other may not move them."""

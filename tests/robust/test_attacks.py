@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fl_lightning import IID, Dirichlet, FederatedDataModule
-from fl_lightning.algorithms import Algorithm, FedAvg
+from fl_lightning.algorithms import AFL, Algorithm, FedAvg, MimeLite, Scaffold
 from fl_lightning.algorithms.fltrust import FLTrust
 from fl_lightning.algorithms.robust import (
     ALittleIsEnough,
@@ -95,6 +95,83 @@ def test_flipped_labels_are_training_on_other_labels_to_the_bit(flip: LabelFlip,
     assert all(identical(attacked[c], expected[c]) for c in expected)
     assert torch.equal(data[ATTACKER].dataset.tensors[1], before)
     assert not identical(attacked[ATTACKER], sent([], loop=loop)[ATTACKER])
+
+
+def in_groups(attacks: list[Any], **arguments: Any) -> tuple[dict[Any, dict[str, Tensor]], str | None]:
+    """Return what clients of one lane sent, and why they did not train in groups."""
+    why: list[str | None] = []
+
+    class Reason(pl.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            together = trainer.federated_fit.federation.engine.client_half.loop.together
+            why.append(together.reason or together.trouble)
+
+    torch.manual_seed(1)
+    spy = Spy()
+    data = clients((8, 8, 8, 8, 8), shuffle=False)
+    groups = {"local_loop": "lean", "group_size": 5, **arguments}
+    train(spy, Net(), data, max_rounds=1, client_callbacks=attacks, num_lanes=1, callbacks=[Reason()], **groups)
+    return spy.sent, why[0]
+
+
+@pytest.mark.parametrize("choice", [{}, {"local_loop": "auto", "group_size": "auto"}], ids=["five", "auto"])
+@pytest.mark.parametrize(
+    "attacks",
+    [
+        [SignFlip([ATTACKER], 3.0)],
+        [LabelFlip([ATTACKER], 3)],
+        [LabelFlip([ATTACKER], mapping={0: 2}), ModelReplacement([ATTACKER], 5.0)],
+        [NoiseAttack([ATTACKER], 2.0, add=True)],
+    ],
+    ids=["sign", "labels", "backdoor", "noise"],
+)
+def test_in_groups_honest_clients_keep_their_bits_and_attackers_send_what_they_send_alone(
+    attacks: list[Any], choice: dict[str, Any]
+) -> None:
+    (honest, no_reason), (attacked, reason) = in_groups([], **choice), in_groups(attacks, **choice)
+    alone, _ = in_groups(attacks, local_loop="lean", group_size=1)
+    assert no_reason is reason is None
+    assert any(not identical(honest[c], alone[c]) for c in honest if c != ATTACKER), "was there a group?"
+    for client_id, delta in honest.items():
+        if client_id != ATTACKER:
+            assert identical(attacked[client_id], delta)
+    assert not identical(attacked[ATTACKER], honest[ATTACKER])
+    for name, delta in alone[ATTACKER].items():
+        assert torch.allclose(attacked[ATTACKER][name], delta, rtol=1e-4, atol=1e-5)
+
+
+def test_an_attack_with_hooks_of_its_own_trains_one_by_one() -> None:
+    class Late(SignFlip):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            """Something that a group does not know."""
+
+    class Own(SignFlip):
+        def forged(self, delta: Any, task: Any) -> Any:
+            return {name: 0 * tensor for name, tensor in delta.items()}
+
+    assert in_groups([Late([ATTACKER])])[1] == "the callback Late sees one client"
+    sent, reason = in_groups([Own([ATTACKER])])
+    assert reason is None
+    assert all(not tensor.any() for tensor in sent[ATTACKER].values())
+
+
+@pytest.mark.parametrize("loop", ["lean", "lightning"])
+@pytest.mark.parametrize(
+    "make", [lambda: AFL(0.2), lambda: MimeLite(0.5), lambda: Scaffold("I")], ids=["AFL", "Mime", "I"]
+)
+def test_flipped_labels_are_in_the_loss_and_the_gradient_at_the_start_too(make: Any, loop: str) -> None:
+    data, poisoned = clients(), clients()
+    x, y = poisoned[ATTACKER].dataset.tensors
+    poisoned[ATTACKER] = DataLoader(TensorDataset(x, 2 - y), batch_size=4, shuffle=True)
+    start, found = Net(), []
+    for own, attacks in ((data, [LabelFlip([ATTACKER], 3)]), (poisoned, []), (data, [])):
+        module = Net()
+        module.load_state_dict(start.state_dict())
+        train(make(), module, own, max_rounds=2, client_callbacks=attacks, local_loop=loop)
+        found.append(weights(module))
+    assert identical(found[0], found[1])
+    assert not identical(found[0], found[2])
+    assert torch.equal(data[ATTACKER].dataset.tensors[1], y)
 
 
 def test_attacks_can_be_combined() -> None:

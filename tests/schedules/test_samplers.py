@@ -208,6 +208,15 @@ class Slope(pl.LightningModule):
 SIDES = ("num_bytes_down", "num_bytes_up")
 
 
+def test_a_client_where_the_model_gives_nan_is_chosen_as_the_worst() -> None:
+    for worst in "abcd":
+        losses = {"a": 1.0, "b": 1e30, "c": 3.0, "d": 4.0, worst: float("nan")}
+        sampler = PowerOfChoiceSampler(4, by_size=False)
+        sampler.ask = lambda client_ids, round, losses=losses: {c: losses[c] for c in client_ids}
+        for round in range(6):
+            assert sampler.cohort(Clients("abcd"), 1, seed=0, round=round) == [worst]
+
+
 @pytest.mark.parametrize("loop", ["auto", "lightning"])
 def test_power_of_choice_asks_the_clients_and_disturbs_nothing(loop: Any) -> None:
     optima = {"a": 0.0, "b": 1.0, "c": 4.0, "d": 5.0}
