@@ -68,3 +68,14 @@ def test_no_robust_rule_is_forgotten() -> None:
     beside = {"ALittleIsEnough", "Cohort", "RobustAlgorithm"}  # the attack, and what rules are made of
     assert rules == set(ROBUST)
     assert set(fl_lightning.algorithms.robust.__all__) - rules <= beside
+
+
+@pytest.mark.parametrize("attack", ["LabelFlip", "LittleIsEnough", "ModelReplacement", "NoiseAttack", "SignFlip"])
+def test_every_attack_is_in_a_recipe(attack: str) -> None:
+    texts = [path.read_text() for path in (ROOT / "configs").glob("*.yaml")]
+    assert any(f"class_path: fl_lightning.callbacks.attacks.{attack}\n" in text for text in texts)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_of_many_say_how_they_differ(page: Path) -> None:
+    assert "## How they differ from the papers" in page.read_text()

@@ -17,8 +17,8 @@ class RobustAlgorithm(Algorithm):
     r"""Base of the rules that replace the mean of the updates, :math:`w_{t+1} = w_t + R(\delta_1, \dots, \delta_n)`.
 
     A subclass defines :meth:`aggregate`. The server must see every single update, so these rules are not linear: they
-    exclude secure aggregation, which hides the updates, and noise on a sum, which they do not form. Running statistics
-    of BatchNorm are aggregated by their coordinate-wise median, whatever the rule. Training metrics are sums of what
+    exclude what decodes sums, and will exclude secure aggregation, which hides the updates. Running statistics of
+    BatchNorm are aggregated by their coordinate-wise median, whatever the rule. Training metrics are sums of what
     clients claim; validate on the server.
 
     Args:
