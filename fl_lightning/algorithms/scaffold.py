@@ -51,7 +51,9 @@ class Scaffold(Algorithm):
     References:
         Karimireddy et al., *SCAFFOLD: Stochastic Controlled Averaging for Federated Learning*, 2020, algorithm 1. With
         momentum or a learning-rate schedule :math:`\eta K` becomes :math:`\eta \lVert a \rVert_1`, the sum of the
-        coefficients of the gradients in the update; for plain SGD that is :math:`\eta K`.
+        coefficients of the gradients in the update; for plain SGD that is :math:`\eta K`. With ``GradientClip`` or
+        ``GradientNoise`` among the client callbacks option II's control variate is the mean of such gradients;
+        ``gradient_clip_val`` clips what is corrected already, and what it takes off is missing in the control variate.
     """
 
     def __init__(

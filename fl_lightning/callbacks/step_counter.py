@@ -74,10 +74,10 @@ class StepCounter(ClientCallback):
     r"""Counts the optimizer steps that really happened, and FedNova's :math:`\lVert a \rVert_1`.
 
     A step that a gradient scaler skipped, one that gradient accumulation put off, and one without any gradient, because
-    ``training_step`` returned None, do not count. The normaliser is
-    followed step by step (:class:`UnitGradient`), so momentum and any learning-rate schedule are right without being
-    told; only the strength of a proximal term cannot be seen from the optimizer. With ``maximize=True`` an update is
-    no descent along the gradients, and the normaliser is not defined.
+    ``training_step`` returned None, do not count. The normaliser is followed step by step (:class:`UnitGradient`), so
+    momentum and any learning-rate schedule are right without being told; only the strength of a proximal term cannot be
+    seen from the optimizer. Gradients are those that the optimizer is given: clipped or noisy ones count as any other.
+    With ``maximize=True`` an update is no descent along the gradients, and the normaliser is not defined.
 
     After a fit ``num_steps`` holds the steps, ``a_norm`` the normaliser (``None`` where it is not defined, with
     ``reason`` saying why), ``lr`` the first learning rate and ``distance`` their product.

@@ -29,6 +29,7 @@ from quadratics import (
 from torch.utils.data import DataLoader
 
 from fl_lightning.algorithms import FedAvg, FedDyn, FedNova, FedProx, MimeLite, Scaffold
+from fl_lightning.callbacks import GradientClip
 from fl_lightning.schedules import FixedSampler
 from fl_lightning.types import ClientTask, ClientUpdate
 
@@ -276,3 +277,40 @@ def test_adaptive_fedprox_measures_the_loss_of_the_global_model() -> None:
     plain = trajectory(FedAvg(), two, rounds=3, module=Quadratic(0.0, 2.2))
     assert values[:3] == plain[:3]
     assert values[3] != plain[3]
+
+
+@pytest.mark.parametrize("loop", ["lean", "lightning"])
+@pytest.mark.parametrize("where", ["callback", "trainer"])
+def test_scaffold_and_fednova_with_clipping_are_what_their_pages_say(where: str, loop: Any) -> None:
+    """Plain numbers: a callback clips gradients before SCAFFOLD corrects them, the Trainer's argument afterwards."""
+
+    def clip(g: float) -> float:
+        return max(-limit, min(limit, g))
+
+    lr, limit, x, c, rounds = 0.1, 0.8, 2.0, 0.0, 4
+    own, expected, nova, y = [0.0] * 3, [], [], 2.0
+    for _ in range(rounds):
+        moves, changes, steps_of = [], [], []
+        for k, (e, steps) in enumerate(zip(OPTIMA, STEPS, strict=True)):
+            w, v = x, y
+            for _ in range(steps):
+                g = w - e
+                w -= lr * (clip(g) - own[k] + c if where == "callback" else clip(g - own[k] + c))
+                v -= lr * clip(v - e)
+            changes.append(-(w - x) / (lr * steps) - c)
+            moves.append(w - x)
+            steps_of.append((v - y, steps))
+        x += sum(moves) / 3
+        own = [before + change for before, change in zip(own, changes, strict=True)]
+        c += sum(changes) / 3
+        expected.append(x)
+        y += sum(p * n for p, (_, n) in zip(WEIGHTS, steps_of, strict=True)) * sum(
+            p * move / n for p, (move, n) in zip(WEIGHTS, steps_of, strict=True)
+        )
+        nova.append(y)
+    arguments: dict[str, Any] = {"client_callbacks": [GradientClip(value=limit)]}
+    if where == "trainer":
+        arguments = {"gradient_clip_val": limit, "gradient_clip_algorithm": "value"}
+    for algorithm, values in ((Scaffold("II"), expected), (FedNova(weights=shares), nova)):
+        found = trajectory(algorithm, unequal(), rounds, Quadratic(2.0, lr), local_loop=loop, **arguments)
+        assert found[1:] == pytest.approx(values, abs=1e-10)
