@@ -89,6 +89,9 @@ class Federation:
         dispatcher.module = module
         self.state: State = self.wire.start(self.algorithm.init_state(self.model()))
         dispatcher.bytes_down = dispatcher.bytes_up = num_bytes([self.model(), self.buffers()])
+        if settings.transforms and dispatcher.timing is not None:  # the first round's time is that of what it will send
+            trees = {"delta": self.model(), **({"buffers": self.buffers()} if self.buffers() else {})}
+            dispatcher.bytes_up = self.wire.first_upload(trees, {"weight": 1.0}) or dispatcher.bytes_up
         self.store: ClientStore | None = None
         self.patience = Patience()
         self.bytes_asked: Counter[ClientId] = Counter()

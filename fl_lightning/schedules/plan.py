@@ -98,8 +98,8 @@ class Occasion:
         size: clients per round, as the user's argument says it.
         next_dispatch_id: the first one that is free; give the next ones to further dispatches.
         num_bytes_down: bytes that a client downloads, as they were in the round before.
-        num_bytes_up: bytes that a client uploads, as they were on average in the round before; the bytes of the
-            model in the first one.
+        num_bytes_up: bytes that a client uploads, as they were on average in the round before; in the first one the
+            bytes of the model, encoded by the transforms if there are any.
         at_most: most clients that train (``fast_dev_run``), or ``None``.
         choose: the sampler's cohort of a given size, checked, in an order that does not depend on the population's.
         work: what the user's arguments ask of a client.

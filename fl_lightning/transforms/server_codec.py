@@ -66,6 +66,22 @@ class ServerCodec:
         """Return the algorithm's next state with that of the transforms in it."""
         return {**state, TRANSFORMS: self._state} if self._state else state
 
+    def first_upload(self, trees: Mapping[str, Tree], scalars: Mapping[str, float]) -> int | None:
+        """Return how long a contribution is once it is encoded, before any client has encoded one.
+
+        Args:
+            trees: like those of a contribution; with transforms whose length depends on the values it is an estimate.
+            scalars: like its scalars.
+
+        Returns:
+            Bytes, or ``None`` when they cannot be encoded: a client that fails to do so names what is wrong.
+        """
+        task = ClientTask("", 0, 0, {}, seed=self.codec.seed)
+        try:
+            return len(self.codec.encode(Contribution({**trees}, dict(scalars)), task, {})[0])
+        except Exception:
+            return None
+
     def open_round(self, round: int, state: State) -> None:
         """Begin a round, with the server's state in which that of the transforms is."""
         self._round, self._state, self.num_bytes_down = round, state.get(TRANSFORMS, {}), 0

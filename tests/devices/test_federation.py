@@ -22,6 +22,7 @@ from fl_lightning import DeviceFleet, FedAvg, FederatedTrainer
 from fl_lightning.devices import DeviceRounds
 from fl_lightning.errors import MisconfigurationException, NotEnoughClientsError
 from fl_lightning.schedules.reasons import round_summary
+from fl_lightning.transforms import Quantize, TopK
 from fl_lightning.types import ClientTask, ClientUpdate, Contribution, Memory
 
 
@@ -86,6 +87,19 @@ def test_the_fewest_reports_are_kept_when_an_update_is_refused() -> None:
     message = "Round 0 needs min_reports=4, but only 3 clients delivered. Skipped: 's1': .* or lower min_reports"
     with pytest.warns(UserWarning, match="Client 's1' is skipped"), pytest.raises(NotEnoughClientsError, match=message):
         fit(4)
+
+
+@pytest.mark.parametrize("transforms", [[TopK(0.05)], [Quantize(4)], [TopK(0.1), Quantize(8)]], ids=repr)
+def test_the_first_round_s_clock_is_that_of_the_encoded_upload(transforms: list[Any]) -> None:
+    """Training and download take no time here: what is left is the upload, to the bytes of a client's name."""
+    trainer = FederatedTrainer(
+        **{**QUIET, "max_rounds": 2}, transforms=transforms, fleet=DeviceFleet(speed=1e9, upload_mbps=0.008)
+    )
+    trainer.fit(Classifier(hidden=200), ServedSites(sites(3)))  # 9,612 bytes as they are
+    first, second = trainer.round_history
+    charged = [1000 * report.metrics["devices/round_seconds"] for report in (first, second)]
+    assert charged[0] < 3000
+    assert charged == pytest.approx([first.num_bytes_up / 3] * 2, abs=24)
 
 
 def test_what_is_dropped_is_not_in_the_sum() -> None:

@@ -306,6 +306,14 @@ def test_shares_show_the_bias_of_a_deadline() -> None:
     assert shares[2] > 0.7
 
 
+@pytest.mark.parametrize("speed", [1.0, "choice(1, 2)", lambda c: 1.0 if c % 5 else 9.0], ids=["one", "two", "few"])
+def test_thirds_are_thirds_among_equals_too(speed: Any) -> None:
+    """Where everyone reports no third has more than a third, however many devices are equally fast."""
+    plan = DeviceRounds().plan(occasion(DeviceFleet(speed=speed), range(900), 900))
+    shares = [plan.metrics[f"devices/share/{name}"] for name in ("slow", "medium", "fast")]
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.002)
+
+
 def test_the_state_goes_on_where_it_was() -> None:
     fleet = DeviceFleet(profile="smartphones", online_probability=1.0)
 
