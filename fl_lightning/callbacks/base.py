@@ -48,7 +48,9 @@ def dense_gradient(parameter: Tensor) -> Tensor:
     """
     assert parameter.grad is not None
     if parameter.grad.is_sparse:
-        parameter.grad = parameter.grad.to_dense()
+        rows, values = parameter.grad._indices(), parameter.grad._values()
+        # not `to_dense`: of one row with one column, expanded from a scalar, it makes zeros (torch 2.13)
+        parameter.grad = torch.zeros_like(parameter).index_put_(tuple(rows), values, accumulate=True)
     return parameter.grad
 
 
