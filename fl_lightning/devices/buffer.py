@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 
 from fl_lightning.devices.eligibility import AllOf, Eligibility, Rule
 from fl_lightning.devices.energy import EnergyModel
+from fl_lightning.devices.fleet import DeviceFleet
 from fl_lightning.devices.participants import Participants
 from fl_lightning.devices.policies import WorkPolicy
 from fl_lightning.devices.selection import RESTING
@@ -20,7 +22,7 @@ from fl_lightning.devices.tallies import Tallies
 from fl_lightning.devices.trips import EMPTY, GAVE_UP, OFFLINE, devices_of, send
 from fl_lightning.errors import MisconfigurationException, NotEnoughClientsError
 from fl_lightning.schedules.buffered import BufferedSchedule
-from fl_lightning.schedules.plan import Dispatch, Occasion
+from fl_lightning.schedules.plan import Delivery, Dispatch, Occasion, Plan
 from fl_lightning.schedules.reasons import counted
 from fl_lightning.types import ClientId
 
@@ -88,6 +90,7 @@ class DeviceBuffer(BufferedSchedule):
         self._ended: list[dict[str, Any]] = []
         self._refused: Counter[str] = Counter()
         self._lost_in_a_row = 0
+        self._flush: tuple[DeviceFleet, Sequence[ClientId], list[dict[str, Any]]] | None = None
 
     def bound(self, own: BufferedSchedule) -> DeviceBuffer:
         """Return a new schedule without history for an algorithm's numbers."""
@@ -108,7 +111,8 @@ class DeviceBuffer(BufferedSchedule):
             levels, since = self.participants.levels(client_ids)
             resting = ~np.isnan(levels) & (at - since < self.rest_seconds)
             refusals = [reason or RESTING * bool(rests) for reason, rests in zip(refusals, resting, strict=True)]
-        self._refused.update(reason for reason in refusals if reason)
+        # who was refused until somebody was found: those behind were looked at only because it costs no more
+        self._refused.update(itertools.takewhile(bool, refusals))
         return [not reason for reason in refusals]
 
     def sent(self, occasion: Occasion, client_id: ClientId, dispatch_id: int, at: float, repeat: int) -> Dispatch:
@@ -124,8 +128,8 @@ class DeviceBuffer(BufferedSchedule):
         drained = 0.0 if trips.charging[0] else watt_hours / float(fleet.values("battery_wh", ids)[0])
         level = float(fleet.battery(ids, end, self.participants)[0]) - drained
         self._under_way[dispatch_id] = {
-            "client_id": client_id, "reason": trips.reasons[0], "level": max(0.0, level), "watt_hours": watt_hours,
-            "battery": float(trips.battery[0]), "local_hour": float(trips.local_hour[0]),
+            "client_id": client_id, "reason": trips.reasons[0], "level": level, "drained": drained,
+            "watt_hours": watt_hours, "battery": float(trips.battery[0]), "local_hour": float(trips.local_hour[0]),
         }  # fmt: skip
         return dispatch
 
@@ -137,8 +141,11 @@ class DeviceBuffer(BufferedSchedule):
                 f"{_TOO_MANY} devices in a row were lost before they had finished, the last one because it "
                 f"{ended['reason']}. Lower the fleet's dropout, or ask for less local work."
             )
-        self._ended.append(ended)
-        self.participants.worked(dispatch.client_id, ended["level"], dispatch.done_at, not ended["reason"])
+        for other in self._under_way.values():  # work of the same device that was sent before this one had drained it
+            if other["client_id"] == dispatch.client_id:
+                other["level"] -= ended["drained"]
+        self._ended.append({**ended, "dispatch_id": dispatch.dispatch_id})
+        self.participants.worked(dispatch.client_id, max(0.0, ended["level"]), dispatch.done_at, not ended["reason"])
         return ended["reason"] or None
 
     def waited(self, occasion: Occasion, at: float, since: float) -> float:
@@ -155,9 +162,10 @@ class DeviceBuffer(BufferedSchedule):
         ended, self._ended = self._ended, []
         refused, self._refused = self._refused, Counter()
         lost = Counter(entry["reason"] for entry in ended if entry["reason"])
-        reporting = [entry for entry in ended if not entry["reason"]]
+        taken = {dispatch.dispatch_id for dispatch in buffer}  # an update that was too old is no report
+        reporting = [entry for entry in ended if entry["dispatch_id"] in taken]
+        self._flush = devices_of(occasion, "DeviceBuffer"), occasion.population.client_ids(), reporting
         metrics = {
-            "devices/reports": float(len(buffer)),
             "devices/in_flight": float(len(self._under_way)),
             **self.energy.metrics(
                 devices_of(occasion, "DeviceBuffer"),
@@ -169,16 +177,22 @@ class DeviceBuffer(BufferedSchedule):
         reasons = [*(rule.reason for rule in rules), GAVE_UP, OFFLINE, EMPTY]
         for reason in dict.fromkeys([*reasons, *refused]):  # curves of reasons that are rare have zeros
             metrics[f"devices/dropped/{reason.replace(' ', '_')}"] = float(lost[reason] + refused[reason])
-        metrics.update(
-            self.tallies.add(
-                devices_of(occasion, "DeviceBuffer"),
-                occasion.population.client_ids(),
-                [entry["client_id"] for entry in reporting],
-                np.array([entry["local_hour"] for entry in reporting]),
-                np.array([entry["battery"] for entry in reporting]),
-            )
-        )
         return {**metrics, "devices/participants": float(len(self.participants))}
+
+    def learn(self, plan: Plan, deliveries: Sequence[Delivery]) -> Mapping[str, float]:
+        if self._flush is None:
+            return {}
+        (fleet, population, reporting), self._flush = self._flush, None
+        failed = {delivery.dispatch_id for delivery in deliveries if delivery.failure is not None}
+        reporting = [entry for entry in reporting if entry["dispatch_id"] not in failed]
+        metrics = self.tallies.add(
+            fleet,
+            population,
+            [entry["client_id"] for entry in reporting],
+            np.array([entry["local_hour"] for entry in reporting]),
+            np.array([entry["battery"] for entry in reporting]),
+        )
+        return {"devices/reports": float(len(reporting)), **metrics}
 
     # ---- what lasts --------------------------------------------------------------------------------------------
 

@@ -20,8 +20,8 @@ from fl_lightning.types import ClientId, Work
 
 __all__ = ["BufferedSchedule"]
 
-_TRIES = 32
-"""Random draws before the free clients are listed: cheap as long as most clients are free."""
+_TRIES = (1, 31, 2048)
+"""Random draws that are asked together, before everyone is listed: cheap as long as some clients are free."""
 
 
 class BufferedSchedule(Schedule):
@@ -160,6 +160,7 @@ class _Flush:
         self.dropped: dict[ClientId, str] = {}
         self.downloads: list[ClientId] = []
         self._next_id = occasion.next_dispatch_id
+        self._listed: list[ClientId] | None = None
         self._idle_since: float | None = None
         self._ids = occasion.population.client_ids()
         self._exists = self._ids if isinstance(self._ids, range) else frozenset(self._ids)
@@ -197,6 +198,7 @@ class _Flush:
     def _fill(self) -> None:
         """Send work to as many clients as there are free places."""
         chosen: list[ClientId] = []
+        self._listed = None  # who may work changes with the clock
         while len(self.queue) + len(chosen) < self.places:
             client_id = self._draw()
             if client_id is None:
@@ -221,13 +223,17 @@ class _Flush:
         """Draw a client that is free, uniformly; ``None`` when there is none."""
         draw = random.Random(seed_for(self.occasion.seed, self.num_drawn, None, "next client"))
         self.num_drawn += 1
-        for _ in range(_TRIES):
-            client_id: ClientId = self._ids[draw.randrange(len(self._ids))]
-            if self._is_free(client_id) and self.schedule.admitted(self.occasion, [client_id], self.clock)[0]:
-                return client_id
-        free = [client_id for client_id in self._ids if self._is_free(client_id)]
-        admitted = self.schedule.admitted(self.occasion, free, self.clock)
-        free = [client_id for client_id, may in zip(free, admitted, strict=True) if may]
+        for tries in _TRIES if self._listed is None else ():
+            drawn = dict.fromkeys(self._ids[draw.randrange(len(self._ids))] for _ in range(tries))
+            asked = [client_id for client_id in drawn if self._is_free(client_id)]
+            for client_id, may in zip(asked, self.schedule.admitted(self.occasion, asked, self.clock), strict=True):
+                if may:
+                    return client_id
+        if self._listed is None:
+            free = [client_id for client_id in self._ids if self._is_free(client_id)]
+            admitted = self.schedule.admitted(self.occasion, free, self.clock)
+            self._listed = [client_id for client_id, may in zip(free, admitted, strict=True) if may]
+        free = [client_id for client_id in self._listed if self._is_free(client_id)]
         return draw.choice(free) if free else None
 
     def _is_free(self, client_id: ClientId) -> bool:

@@ -28,7 +28,7 @@ __all__ = ["RandomK", "TopK"]
 
 
 class _Sparse(TreeTransform):
-    def __init__(self, fraction: float | None, k: int | None) -> None:
+    def __init__(self, fraction: float | None, k: int | None, per_tensor: bool) -> None:
         name = type(self).__name__
         if (fraction is None) == (k is None):
             raise MisconfigurationException(
@@ -47,6 +47,25 @@ class _Sparse(TreeTransform):
             )
         self.fraction = None if fraction is None else float(fraction)
         self.k = k
+        self.per_tensor = per_tensor
+
+    def init(self, template: Template, seed: int) -> State:
+        super().init(template, seed)
+        for tree in template.values():
+            self._check(num_elements(tree), "the update")
+            for name, tensor in tree.items() if self.per_tensor else ():
+                self._check(tensor.numel(), f"the tensor {name!r}")
+        return {}
+
+    def output_tree(self, template: Tree) -> Tree:
+        return {
+            key: torch.empty(self.count(num_elements(group)), dtype=common_dtype(group), device="meta")
+            for key, group in self.groups(template).items()
+        }
+
+    def groups(self, tree: Tree) -> dict[str, Tree]:
+        """Return what elements are chosen from, by the name that the chosen ones travel under."""
+        return {name: {name: tensor} for name, tensor in tree.items()} if self.per_tensor else {"": tree}
 
     def count(self, num: int) -> int:
         """Return how many of ``num`` elements travel."""
@@ -93,42 +112,26 @@ class TopK(_Sparse):
     """
 
     def __init__(self, fraction: float | None = None, k: int | None = None, per_tensor: bool = False) -> None:
-        super().__init__(fraction, k)
-        self.per_tensor = per_tensor
-
-    def init(self, template: Template, seed: int) -> State:
-        super().init(template, seed)
-        for tree in template.values():
-            self._check(num_elements(tree), "the update")
-            for name, tensor in tree.items() if self.per_tensor else ():
-                self._check(tensor.numel(), f"the tensor {name!r}")
-        return {}
-
-    def output_tree(self, template: Tree) -> Tree:
-        if self.per_tensor:
-            return {n: torch.empty(self.count(t.numel()), dtype=t.dtype, device="meta") for n, t in template.items()}
-        return {"": torch.empty(self.count(num_elements(template)), dtype=common_dtype(template), device="meta")}
+        super().__init__(fraction, k, per_tensor)
 
     def encode_tree(self, tree: Tree, exchange: Exchange, memory: Memory) -> tuple[Tree, Any, Memory | None]:
-        groups = [{name: tensor} for name, tensor in tree.items()] if self.per_tensor else [tree]
         opened, sealed = {}, []
-        for group in groups:
+        for key, group in self.groups(tree).items():
             arrays, num = flat(group), num_elements(group)
             places = largest(arrays, self.count(num))
-            key = next(iter(group)) if self.per_tensor else ""
             opened[key] = as_tensor(gathered(arrays, places)).to(common_dtype(group))
             sealed.append(as_tensor(pack_indices(places, num) if len(places) < num else np.zeros(0, np.uint8)))
         return opened, sealed, None
 
     def decode_tree(self, opened: Tree, sealed: Any, exchange: Exchange, template: Tree) -> Tree:
-        groups = [{name: tensor} for name, tensor in template.items()] if self.per_tensor else [template]
+        groups = self.groups(template)
         if not isinstance(sealed, list) or len(sealed) != len(groups):
             raise PayloadError(f"expected places for {len(groups)} groups of elements")
         tree: dict[str, Tensor] = {}
-        for group, packed in zip(groups, sealed, strict=True):
+        for (key, group), packed in zip(groups.items(), sealed, strict=True):
             num = num_elements(group)
             count = self.count(num)
-            values = _values(opened, next(iter(group)) if self.per_tensor else "", count)
+            values = _values(opened, key, count)
             places = unpack_indices(bytes_of(packed), count, num) if count < num else np.arange(num)
             tree.update(scattered(values, places, group))
         return tree
@@ -147,6 +150,8 @@ class RandomK(_Sparse):
             :math:`\mathbb{E} \lVert C(x) - x \rVert^2 = (1 - k/n) \lVert x \rVert^2`.
         shared: all clients of a round choose the same places. Their sum then has :math:`k` elements and is decoded
             once; the errors of the clients no longer cancel each other.
+        per_tensor: choose within each tensor, so that none is left out and :math:`n` and :math:`k` are a tensor's own;
+            otherwise among all elements of the update together.
 
     Raises:
         MisconfigurationException: as for :class:`TopK`.
@@ -163,9 +168,14 @@ class RandomK(_Sparse):
     """
 
     def __init__(
-        self, fraction: float | None = None, k: int | None = None, unbiased: bool = True, shared: bool = False
+        self,
+        fraction: float | None = None,
+        k: int | None = None,
+        unbiased: bool = True,
+        shared: bool = False,
+        per_tensor: bool = False,
     ) -> None:
-        super().__init__(fraction, k)
+        super().__init__(fraction, k, per_tensor)
         self.unbiased = unbiased
         self.shared = shared
 
@@ -173,32 +183,28 @@ class RandomK(_Sparse):
     def on_sum(self) -> bool:  # type: ignore[override]
         return self.shared
 
-    def init(self, template: Template, seed: int) -> State:
-        super().init(template, seed)
-        for tree in template.values():
-            self._check(num_elements(tree), "the update")
-        return {}
-
-    def output_tree(self, template: Tree) -> Tree:
-        return {"": torch.empty(self.count(num_elements(template)), dtype=common_dtype(template), device="meta")}
-
     def encode_tree(self, tree: Tree, exchange: Exchange, memory: Memory) -> tuple[Tree, Any, Memory | None]:
-        values = gathered(flat(tree), self._places(num_elements(tree), exchange))
-        return {"": as_tensor(values).to(common_dtype(tree))}, None, None
+        draws, opened = exchange.draws(shared=self.shared), {}
+        for key, group in self.groups(tree).items():
+            num = num_elements(group)
+            values = gathered(flat(group), draws.subset(self.count(num), num))
+            opened[key] = as_tensor(values).to(common_dtype(group))
+        return opened, None, None
 
     def decode_tree(self, opened: Tree, sealed: Any, exchange: Exchange, template: Tree) -> Tree:
-        num = num_elements(template)
-        values = _values(opened, "", self.count(num))
-        if self.unbiased and self.count(num) < num:
-            # the server multiplies: a transform behind this one then sees the client's own values
-            values = values * values.dtype.type(num / self.count(num))
-        return scattered(values, self._places(num, exchange), template)
+        draws, tree = exchange.draws(shared=self.shared), {}
+        for key, group in self.groups(template).items():
+            num = num_elements(group)
+            count = self.count(num)
+            values = _values(opened, key, count)
+            if self.unbiased and count < num:
+                # the server multiplies: a transform behind this one then sees the client's own values
+                values = values * values.dtype.type(num / count)
+            tree.update(scattered(values, draws.subset(count, num), group))
+        return tree
 
     def contraction(self) -> Transform:
-        return RandomK(self.fraction, self.k, unbiased=False, shared=self.shared)
-
-    def _places(self, num: int, exchange: Exchange) -> Array:
-        return exchange.draws(shared=self.shared).subset(self.count(num), num)
+        return RandomK(self.fraction, self.k, unbiased=False, shared=self.shared, per_tensor=self.per_tensor)
 
 
 def _values(opened: Tree, key: str, count: int) -> Array:

@@ -195,6 +195,16 @@ def test_a_schedule_that_was_saved_goes_on_alike() -> None:
     assert plans(twin, 5, range(20), Uneven()) == plans(schedule, 5, range(20), Uneven())
 
 
+def test_an_update_as_old_as_the_limit_is_taken() -> None:
+    free, _ = train(FedBuff(2), 30, local_steps=1, fleet=Fleet())
+    oldest = max(int(report.metrics["staleness/max"]) for report in free.round_history)
+    limited, _ = train(FedBuff(2, max_staleness=oldest), 30, local_steps=1, fleet=Fleet())
+    assert [report.cohort for report in limited.round_history] == [report.cohort for report in free.round_history]
+    assert not any(report.dropped for report in limited.round_history)
+    below, _ = train(FedBuff(2, max_staleness=oldest - 1), 30, local_steps=1, fleet=Fleet())
+    assert any(report.dropped for report in below.round_history)
+
+
 def test_old_updates_are_dropped_and_named() -> None:
     trainer, _ = train(FedBuff(2, max_staleness=6), 30, local_steps=1, fleet=Fleet())
     dropped = {client_id: reason for report in trainer.round_history for client_id, reason in report.dropped.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from spine_zoo import QUIET, Classifier, assert_same_bits, sites, weights
+from torch.utils.data import DataLoader, TensorDataset
 
 from fl_lightning import DeviceFleet, FedAsync, FedAvg, FedBuff, FederatedTrainer
 from fl_lightning.devices import AdaptiveEpochs, DeviceBuffer, DeviceRounds, Eligibility
 from fl_lightning.errors import MisconfigurationException, NotEnoughClientsError
+from fl_lightning.schedules import BufferedSchedule
+from fl_lightning.schedules.plan import Occasion
+from fl_lightning.types import Work
 
 SPEEDS = {"s0": 1.0, "s1": 0.399, "s2": 0.143, "s3": 0.496, "s4": 1.33}
 
@@ -25,15 +30,26 @@ class Stopwatch:
         return num_steps / SPEEDS[client_id]
 
 
-def fit(rounds: int = 8, algorithm: Any = None, module: Any = None, **arguments: Any) -> tuple[Any, Any]:
+def fit(
+    rounds: int = 8, algorithm: Any = None, module: Any = None, data: Any = None, **arguments: Any
+) -> tuple[Any, Any]:
     pl.seed_everything(4, verbose=False)
     torch.manual_seed(0)
     module = Classifier(hidden=6) if module is None else module
     trainer = FederatedTrainer(
         algorithm=algorithm or FedBuff(2, concurrency=4), max_rounds=rounds, **{**QUIET, "num_threads": 1, **arguments}
     )
-    trainer.fit(module, sites(5))
+    trainer.fit(module, data or sites(5))
     return trainer, weights(module)
+
+
+class Keep(pl.Callback):
+    """Keeps a fit's schedule at hand."""
+
+    schedule: Any = None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        self.schedule = trainer.federated_fit.federation.dispatcher.schedule
 
 
 def fleet(**more: Any) -> DeviceFleet:
@@ -83,6 +99,57 @@ def test_work_drains_a_battery_until_it_is_refused() -> None:
     assert max(took_part) < 30
     assert sum(report.metrics["devices/dropped/low_battery"] for report in trainer.round_history[30:]) > 0
     assert all(report.metrics["devices/energy_wh_estimate"] > 0 for report in trainer.round_history)
+
+
+def test_two_works_of_a_device_at_a_time_both_drain_its_battery() -> None:
+    own = fleet(battery_wh=1.0, train_watts=6.0, charge_hours=0.0, idle_watts=0.0, battery_level=1.0)
+    keep = Keep()
+    algorithm = FedBuff(1, concurrency=10, client_concurrency=2)
+    trainer, _ = fit(20, fleet=own, algorithm=algorithm, callbacks=[keep])
+    levels, _ = keep.schedule.participants.levels(list(SPEEDS))
+    spent = sum(report.metrics["devices/energy_wh_estimate"] for report in trainer.round_history)
+    assert spent > 0
+    assert float(sum(1.0 - level for level in levels if level == level)) == pytest.approx(spent, rel=1e-6)
+
+
+def test_only_updates_that_are_summed_are_reports() -> None:
+    def reported(**arguments: Any) -> Any:
+        keep = Keep()
+        trainer, _ = fit(20, fleet=fleet(), callbacks=[keep], **arguments)
+        reports = sum(report.metrics["devices/reports"] for report in trainer.round_history)
+        cohorts = sum(len(report.cohort) for report in trainer.round_history)
+        assert cohorts == reports == int(keep.schedule.tallies.by_class.sum())
+        return trainer
+
+    late = reported(algorithm=FedBuff(1, concurrency=5, max_staleness=2))
+    assert any("max_staleness" in reason for report in late.round_history for reason in report.dropped.values())
+    data = sites(5)
+    unusable = TensorDataset(torch.full((8, 8), math.nan), torch.zeros(8, dtype=torch.long))
+    data["s1"] = DataLoader(unusable, batch_size=4)
+    with pytest.warns(UserWarning, match="'s1' is skipped"):
+        bad = reported(on_bad_update="skip", data=data)
+    assert sum(len(report.cohort) for report in bad.round_history) < 40
+
+
+def test_few_eligible_among_many_are_found_without_asking_for_each_place() -> None:
+    """Fifteen of 20,000: everyone is listed once for all free places, and nobody is drawn twice."""
+    asked = []
+
+    class Rare(BufferedSchedule):
+        def admitted(self, occasion: Any, client_ids: Any, at: float) -> list[bool]:
+            asked.append(len(client_ids))
+            return [client_id % 1400 == 0 for client_id in client_ids]
+
+    class Everyone:
+        def client_ids(self) -> range:
+            return range(20_000)
+
+    plan = Rare(2, concurrency=15).plan(
+        Occasion(0, 0.0, 0, Everyone(), 2, 0, 0, 0, None, lambda size: [], lambda c: Work(), lambda c, w: 1)
+    )
+    assert len(set(plan.downloads)) == 15
+    assert sum(asked) < 20_000 + 15 * 2080
+    assert len(asked) <= 3 * 15 + 1
 
 
 def test_the_clock_waits_for_someone_eligible_and_not_for_ever() -> None:

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from transforms_zoo import TRANSFORMS, decoded, tree, vector
 
 from fl_lightning.transforms import Cast, DeadZone, Eden, PowerSGD, Quantize, RandomK, Sign, TopK, Transform, chain
+from fl_lightning.transforms.base import Exchange
 from fl_lightning.transforms.eden import lloyd_max
 
 CONTRACTIONS = {
@@ -48,6 +50,7 @@ def moments(transform: Transform, x: Tensor, trials: int) -> tuple[Tensor, Tenso
 UNBIASED = {
     "random": RandomK(0.25),
     "random k": RandomK(k=3),
+    "random per tensor": RandomK(0.25, per_tensor=True),
     "random shared": RandomK(0.25, shared=True),
     "quantize 1": Quantize(1),
     "quantize 2": Quantize(2),
@@ -80,6 +83,21 @@ def test_random_k_has_the_variance_of_its_closed_form(fraction: float) -> None:
     assert unbiased == pytest.approx(1 / fraction - 1, rel=0.08)
     _, _, plain = moments(RandomK(fraction, unbiased=False), x, 1000)
     assert plain == pytest.approx(1 - fraction, rel=0.08)
+
+
+def test_random_k_per_tensor_leaves_no_tensor_out() -> None:
+    update = {"wide": torch.full((400,), 3.0), "small": torch.full((8,), -1.0)}
+    transform, exchange = RandomK(0.25, per_tensor=True), Exchange(seed=1, round=0, client_id="a")
+    opened, sealed, _ = transform.encode_tree(update, exchange, {})
+    assert {name: tensor.numel() for name, tensor in opened.items()} == {"wide": 100, "small": 2}
+    found = transform.decode_tree(opened, sealed, exchange, update)
+    assert sorted(found["small"].tolist()) == [-4.0] * 2 + [0.0] * 6
+    assert found["wide"].unique(return_counts=True)[1].tolist() == [300, 100]
+    plain = transform.contraction()
+    opened, sealed, _ = plain.encode_tree(update, exchange, {})
+    assert int((plain.decode_tree(opened, sealed, exchange, update)["small"] == -1.0).sum()) == 2
+    with pytest.raises(MisconfigurationException, match=r"RandomK\(k=9\) is larger than the tensor 'small'"):
+        RandomK(k=9, per_tensor=True).init({"delta": update}, 0)
 
 
 @pytest.mark.parametrize("norm", ["max", "2"])
