@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from fl_lightning.devices.eligibility import AllOf, Eligibility, Rule
+from fl_lightning.devices.eligibility import AllOf, Rule, checked_rule
 from fl_lightning.devices.energy import EnergyModel
 from fl_lightning.devices.fleet import DeviceFleet
 from fl_lightning.devices.participants import Participants
-from fl_lightning.devices.policies import WorkPolicy
+from fl_lightning.devices.policies import WorkPolicy, checked_policies
 from fl_lightning.devices.selection import RESTING
 from fl_lightning.devices.tallies import Tallies
 from fl_lightning.devices.trips import EMPTY, GAVE_UP, OFFLINE, devices_of, send
@@ -80,8 +80,8 @@ class DeviceBuffer(BufferedSchedule):
                 f"DeviceBuffer expected rest_seconds >= 0, wait_seconds > 0 and max_wait_hours >= 0, all finite, got "
                 f"rest_seconds={rest_seconds!r}, wait_seconds={wait_seconds!r} and max_wait_hours={max_wait_hours!r}."
             )
-        self.eligibility = eligibility if eligibility is not None else Eligibility()
-        self.policies = list(policies or [])
+        self.eligibility = checked_rule("DeviceBuffer", eligibility)
+        self.policies = checked_policies("DeviceBuffer", policies)
         self.rest_seconds, self.wait_seconds, self.max_wait_hours = rest_seconds, wait_seconds, max_wait_hours
         self.energy = energy if energy is not None else EnergyModel()
         self.participants, self.tallies = Participants(), Tallies()

@@ -226,3 +226,10 @@ def test_where_it_has_no_place_it_is_refused(arguments: dict[str, Any], message:
 def test_numbers_out_of_range(bad: dict[str, float]) -> None:
     with pytest.raises(MisconfigurationException, match="DeviceBuffer expected rest_seconds >= 0, wait_seconds > 0"):
         DeviceBuffer(**bad)
+
+
+def test_what_is_no_rule_and_no_policy_is_refused_by_name() -> None:
+    with pytest.raises(MisconfigurationException, match=r"DeviceBuffer.*eligibility"):
+        DeviceBuffer(eligibility=lambda conditions: True)  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match=r"DeviceBuffer.*policies"):
+        DeviceBuffer(policies=AdaptiveEpochs())  # type: ignore[arg-type]
