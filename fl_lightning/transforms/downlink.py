@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
-from fl_lightning.transforms.base import Broadcast, Exchange, State, Template, Transform, template_of
+from fl_lightning.transforms.base import Broadcast, Exchange, Payload, State, Template, Transform, template_of
+from fl_lightning.transforms.errors import PayloadError
 from fl_lightning.transforms.feedback import has_feedback
 from fl_lightning.tree import add_, difference
 from fl_lightning.types import ClientId, Contribution, Tree
-from fl_lightning.wire import pack
+from fl_lightning.wire import pack, unpack
 
 __all__ = ["CompressedBroadcast"]
 
@@ -71,24 +72,63 @@ class CompressedBroadcast(Transform):
 
     def broadcast(self, model: Tree, cohort: Sequence[ClientId], exchange: Exchange, state: State) -> Broadcast:
         if state:
-            reference, step = self._step(model, state["reference"], exchange)
-            whole, steps, versions = state["whole"], [*state["steps"], step], dict(state["versions"])
+            reference: Tree = state["reference"]
+            step = self.step(model, reference, exchange)
+            reference = self.follow(reference, step, exchange)
+            whole, count, versions = state["whole"], state["count"] + 1, dict(state["versions"])
+            steps = _recent([*state["steps"], len(step)], whole)
         else:
             reference = {name: tensor.detach().clone() for name, tensor in model.items()}
-            whole, steps, versions = len(pack({_KEY: reference})), [0], {}
+            whole, count, versions, steps = len(pack({_KEY: reference})), 0, {}, []
         sizes = []
         for client_id in cohort:
-            seen = versions.get(repr(client_id))  # 1 and "1" are different clients
-            sizes.append(whole if seen is None else min(whole, sum(steps[seen + 1 :])))
-            versions[repr(client_id)] = len(steps) - 1
-        kept = {"reference": reference, "whole": whole, "steps": steps, "versions": versions}
+            missed = count - versions.get(repr(client_id), -1)  # 1 and "1" are different clients
+            sizes.append(whole if missed > len(steps) else min(whole, sum(steps[len(steps) - missed :])))
+            versions[repr(client_id)] = count
+        # who is further behind than the steps that are kept downloads the whole, like somebody new
+        versions = {client: version for client, version in versions.items() if count - version <= len(steps)}
+        kept = {"reference": reference, "whole": whole, "count": count, "steps": steps, "versions": versions}
         return Broadcast(reference, kept, sizes)
 
-    def _step(self, model: Tree, reference: Tree, exchange: Exchange) -> tuple[dict[str, Any], int]:
+    def step(self, model: Tree, reference: Tree, exchange: Exchange) -> bytes:
+        """Return the message that takes a client from the last reference towards the model.
+
+        Args:
+            model: the server's.
+            reference: what clients have that took part in the last round.
+            exchange: its seed and round; both sides draw from them.
+        """
         change = Contribution({_KEY: difference(model, reference)})
         payload, _ = self.transform.encode(change, exchange.at("broadcast"), {})
-        length = len(pack([exchange.round, payload.contribution.trees, payload.sealed]))
-        decoded = self.transform.decode(payload, exchange.at("broadcast"), template_of(change.trees)).trees[_KEY]
+        return pack([exchange.round, payload.contribution.trees, payload.sealed])
+
+    def follow(self, reference: Tree, step: bytes, exchange: Exchange) -> dict[str, Tensor]:
+        """Return the reference after a step, from its bytes; server and clients get the same bits.
+
+        Args:
+            reference: the one before.
+            step: from :meth:`step`.
+            exchange: its seed and round.
+
+        Raises:
+            PayloadError: for a step of another round.
+        """
+        round, trees, sealed = unpack(step)
+        if round != exchange.round:
+            raise PayloadError(f"expected the step of round {exchange.round}, got that of round {round}")
+        template = template_of({_KEY: reference})
+        payload = Payload(Contribution(trees), sealed)
+        decoded = self.transform.decode(payload, exchange.at("broadcast"), template).trees[_KEY]
         moved = {name: tensor.clone() for name, tensor in reference.items()}
         add_(moved, {name: decoded[name].to(tensor) for name, tensor in moved.items()})
-        return moved, length
+        return moved
+
+
+def _recent(steps: list[int], whole: int) -> list[int]:
+    """Return the last steps that are together no shorter than the whole model: more of them nobody downloads."""
+    total = 0
+    for kept, length in enumerate(reversed(steps), start=1):
+        total += length
+        if total >= whole:
+            return steps[len(steps) - kept :]
+    return steps
