@@ -115,12 +115,18 @@ def test_asynchronous_rounds_in_step_and_a_pickled_codec_give_the_same_bits(name
 
 @every_transform
 def test_a_group_s_updates_are_encoded_as_those_of_its_clients_alone(name: str) -> None:
-    """To rounding, which moves a code of a few bits or a place among the largest in few of them."""
+    """To rounding, which moves a code of a few bits or a place among the largest in few of them.
+
+    A code of one bit knows no small change: an element that rounding puts on the other side of zero moves by twice its
+    value. Some are zero but for rounding, like the sum of a softmax's gradients in a rotation. Other updates or other
+    random numbers would be a whole apart, so a third still tells.
+    """
     settings = {"max_rounds": 1, "local_loop": "lean", "num_lanes": 1}
     (grouped, first), (alone, second) = (train([TRANSFORMS[name]()], group_size=n, **settings) for n in (3, 1))
     moved = {n: alone[n] - START[n] for n in START}
     error = sum(float((grouped[n] - alone[n]).square().sum()) for n in START)
-    assert error <= 0.01 * sum(float(change.square().sum()) for change in moved.values())
+    allowed = 0.3 if name in {"eden 1", "quantize 1", "sign", "feedback sign"} else 0.01
+    assert error <= allowed * sum(float(change.square().sum()) for change in moved.values())
     (one,), (other,) = first.round_history, second.round_history
     assert one.num_bytes_down == other.num_bytes_down
     assert abs(one.num_bytes_up - other.num_bytes_up) <= 24
