@@ -8,11 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from federated import START, train
+from lightning.pytorch.callbacks import ModelCheckpoint
+from spine_zoo import QUIET, Classifier, assert_same_bits, sites, weights
 from transforms_zoo import TRANSFORMS, tree
 
-from fl_lightning import Quantize, TopK
+from fl_lightning import FederatedTrainer, Quantize, TopK
+from fl_lightning.fitting import FederatedFit
 from fl_lightning.transforms import CompressedBroadcast, PayloadError
 from fl_lightning.transforms.base import Exchange
 from fl_lightning.transforms.feedback import has_feedback
@@ -106,3 +111,88 @@ def test_downloads_are_the_missed_steps_and_what_is_kept_is_bounded(inner: Any) 
         assert len(state["versions"]) <= 3 * (len(state["steps"]) + 1)
     assert len(sizes) > 1
     assert len(state["versions"]) < len(seen)
+
+
+# ---- in a federation -------------------------------------------------------------------------------------------------
+
+
+def test_a_broadcast_follows_the_model_and_counts_what_clients_missed() -> None:
+    """One of three clients a round: who was away downloads the steps in between, or the whole where that is less."""
+
+    class Versions(CompressedBroadcast):
+        drift: list[float] = []
+        lengths: list[int] = [0]
+
+        def step(self, *arguments: Any) -> bytes:
+            found = super().step(*arguments)
+            Versions.lengths.append(len(found))
+            return found
+
+        def broadcast(self, model: Any, cohort: Any, exchange: Any, state: Any) -> Any:
+            sent = super().broadcast(model, cohort, exchange, state)
+            Versions.drift.append(float(sum((sent.model[n] - model[n]).norm() for n in model)))
+            return sent
+
+    _, trainer = train([Versions(TopK(0.05))], hidden=800, clients_per_round=1, max_rounds=8)
+    history = trainer.round_history
+    state = trainer_state(trainer)
+    whole = state["whole"]
+    rest = len(pack({"buffers": {}}))
+    one = len(pack({"model": state["reference"], "buffers": {}}))  # a single message with everything
+    assert one < rest + whole
+    seen: dict[Any, int] = {}
+    for round, report in enumerate(history):
+        (client,) = report.cohort
+        missed = sum(Versions.lengths[seen[client] + 1 : round + 1]) if client in seen else whole
+        assert report.num_bytes_down == min(one, rest + missed)
+        seen[client] = round
+    assert len({report.num_bytes_down for report in history}) > 2  # a model so large that steps are short
+    assert Versions.drift[0] == 0
+    assert all(0 < drift < 1 for drift in Versions.drift[1:])
+    exact, _ = train([CompressedBroadcast(TopK(1.0))], clients_per_round=1, max_rounds=8)
+    plain, _ = train(None, clients_per_round=1, max_rounds=8)
+    for name, value in plain.items():
+        torch.testing.assert_close(exact[name], value, atol=1e-5, rtol=1e-5)
+
+
+def trainer_state(trainer: Any) -> Any:
+    """Return the broadcast's state after a fit, as a checkpoint would keep it."""
+    (state,) = trainer.kept["transforms"].values()
+    return state
+
+
+@pytest.fixture(autouse=True)
+def keep_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = FederatedFit.close
+
+    def close(self: FederatedFit) -> None:
+        if self._federation is not None:
+            self.trainer.kept = self._federation.state  # type: ignore[attr-defined]
+        original(self)
+
+    monkeypatch.setattr(FederatedFit, "close", close)
+
+
+def test_a_compressed_broadcast_resumes_to_the_bit(tmp_path: Path) -> None:
+    ends = []
+    for rounds in ((5,), (2, 5)):
+        folder = tmp_path / str(len(rounds))
+        path = None
+        for stop in rounds:
+            saver = ModelCheckpoint(folder, save_last=True)
+            module = Classifier(hidden=6)
+            module.load_state_dict(START)
+            trainer = make_trainer(folder, stop, saver)
+            trainer.fit(module, sites(3), ckpt_path=path)
+            path = str(folder / "last.ckpt")
+        ends.append((weights(module), trainer.round_history[-1].num_bytes_down))
+    assert_same_bits(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+def make_trainer(folder: Path, stop: int, saver: Any) -> Any:
+    pl.seed_everything(7, verbose=False)
+    return FederatedTrainer(
+        **{**QUIET, "enable_checkpointing": True}, default_root_dir=str(folder), max_rounds=stop, clients_per_round=2,
+        callbacks=[saver], num_threads=1, transforms=[TRANSFORMS["broadcast and update"]()],
+    )  # fmt: skip

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from federated import START, train
 from lightning.pytorch.loggers import TensorBoardLogger
-from spine_zoo import Classifier, assert_same_bits, fit_federated, sites, weights
+from spine_zoo import Classifier, assert_same_bits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transforms_zoo import TRANSFORMS, Tampered
@@ -29,7 +30,6 @@ from fl_lightning.types import ClientTask, Contribution
 from fl_lightning.wire import pack
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
-START = weights(Classifier(hidden=6))
 
 
 class Still(Classifier):
@@ -37,18 +37,6 @@ class Still(Classifier):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return 1.0 + 0.0 * sum(p.sum() for p in self.parameters())
-
-
-def train(
-    transforms: Any, kind: type[Classifier] = Classifier, hidden: int = 6, **arguments: Any
-) -> tuple[dict[str, Tensor], Any]:
-    torch.manual_seed(0)
-    module = kind(hidden=hidden)
-    if hidden == 6:
-        module.load_state_dict(START)
-    arguments = {"max_rounds": 3, "num_threads": 1, "log_clients": False, **arguments}
-    trainer = fit_federated(module, sites(3), transforms=transforms, **arguments)
-    return weights(module), trainer
 
 
 def client_bytes(trainer: Any, client: Any) -> list[tuple[int, float, float]]:
@@ -289,97 +277,6 @@ def test_the_payload_of_another_round_is_refused(monkeypatch: pytest.MonkeyPatch
     tampering(monkeypatch, replayed)
     with pytest.raises(BadUpdateError, match=r"Client 's1' failed in round 1: .*\[client, round, dispatch\]"):
         train([TopK(0.2)])
-
-
-def test_a_broadcast_follows_the_model_and_counts_what_clients_missed() -> None:
-    """One of three clients a round: who was away downloads the steps in between, or the whole where that is less."""
-
-    class Versions(CompressedBroadcast):
-        drift: list[float] = []
-        lengths: list[int] = [0]
-
-        def step(self, *arguments: Any) -> bytes:
-            found = super().step(*arguments)
-            Versions.lengths.append(len(found))
-            return found
-
-        def broadcast(self, model: Any, cohort: Any, exchange: Any, state: Any) -> Any:
-            sent = super().broadcast(model, cohort, exchange, state)
-            Versions.drift.append(float(sum((sent.model[n] - model[n]).norm() for n in model)))
-            return sent
-
-    _, trainer = train([Versions(TopK(0.05))], hidden=800, clients_per_round=1, max_rounds=8)
-    history = trainer.round_history
-    state = trainer_state(trainer)
-    whole = state["whole"]
-    rest = len(pack({"buffers": {}}))
-    one = len(pack({"model": state["reference"], "buffers": {}}))  # a single message with everything
-    assert one < rest + whole
-    seen: dict[Any, int] = {}
-    for round, report in enumerate(history):
-        (client,) = report.cohort
-        missed = sum(Versions.lengths[seen[client] + 1 : round + 1]) if client in seen else whole
-        assert report.num_bytes_down == min(one, rest + missed)
-        seen[client] = round
-    assert len({report.num_bytes_down for report in history}) > 2  # a model so large that steps are short
-    assert Versions.drift[0] == 0
-    assert all(0 < drift < 1 for drift in Versions.drift[1:])
-    exact, _ = train([CompressedBroadcast(TopK(1.0))], clients_per_round=1, max_rounds=8)
-    plain, _ = train(None, clients_per_round=1, max_rounds=8)
-    for name, value in plain.items():
-        torch.testing.assert_close(exact[name], value, atol=1e-5, rtol=1e-5)
-
-
-def trainer_state(trainer: Any) -> Any:
-    """Return the broadcast's state after a fit, as a checkpoint would keep it."""
-    (state,) = trainer.kept["transforms"].values()
-    return state
-
-
-@pytest.fixture(autouse=True)
-def keep_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fl_lightning.fitting import FederatedFit
-
-    original = FederatedFit.close
-
-    def close(self: FederatedFit) -> None:
-        if self._federation is not None:
-            self.trainer.kept = self._federation.state  # type: ignore[attr-defined]
-        original(self)
-
-    monkeypatch.setattr(FederatedFit, "close", close)
-
-
-def test_a_compressed_broadcast_resumes_to_the_bit(tmp_path: Path) -> None:
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    ends = []
-    for rounds in ((5,), (2, 5)):
-        folder = tmp_path / str(len(rounds))
-        path = None
-        for stop in rounds:
-            saver = ModelCheckpoint(folder, save_last=True)
-            module = Classifier(hidden=6)
-            module.load_state_dict(START)
-            trainer = make_trainer(folder, stop, saver)
-            trainer.fit(module, sites(3), ckpt_path=path)
-            path = str(folder / "last.ckpt")
-        ends.append((weights(module), trainer.round_history[-1].num_bytes_down))
-    assert_same_bits(ends[0][0], ends[1][0])
-    assert ends[0][1] == ends[1][1]
-
-
-def make_trainer(folder: Path, stop: int, saver: Any) -> Any:
-    import lightning.pytorch as pl
-    from spine_zoo import QUIET
-
-    from fl_lightning import FederatedTrainer
-
-    pl.seed_everything(7, verbose=False)
-    return FederatedTrainer(
-        **{**QUIET, "enable_checkpointing": True}, default_root_dir=str(folder), max_rounds=stop, clients_per_round=2,
-        callbacks=[saver], num_threads=1, transforms=[TRANSFORMS["broadcast and update"]()],
-    )  # fmt: skip
 
 
 def test_what_is_decoded_on_the_sum_is_refused_where_every_update_is_needed() -> None:
