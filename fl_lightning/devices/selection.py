@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,22 +90,19 @@ def select(
         failed: devices that earlier attempts of the round lost; they are asked last, when all others are too few.
     """
     found = Selection()
+    verdicts = partial(_verdicts, fleet, rule, participants, at=at, rest_seconds=rest_seconds)
     for avoided in (failed, ()) if failed else ((),):
         if len(found.chosen) < wanted:
-            _ask(found, occasion, fleet, rule, participants, wanted, at, attempt, rest_seconds, everyone, avoided)
+            _ask(found, occasion, verdicts, wanted, attempt, everyone, avoided)
     return found
 
 
 def _ask(
     found: Selection,
     occasion: Occasion,
-    fleet: DeviceFleet,
-    rule: Rule,
-    participants: Participants,
+    verdicts: Callable[[Sequence[ClientId]], tuple[NDArray[np.int64], list[str]]],
     wanted: int,
-    at: float,
     attempt: int,
-    rest_seconds: float,
     everyone: bool,
     avoided: Collection[ClientId],
 ) -> None:
@@ -119,7 +117,7 @@ def _ask(
         new = tuple(client_id for client_id in proposed if client_id not in found.asked and client_id not in avoided)
         strangers = 0 if new else strangers + 1
         if new:
-            found.take(new, *_verdicts(fleet, rule, participants, new, at, rest_seconds), wanted)
+            found.take(new, *verdicts(new), wanted)
         asked = len(found.asked)
         exhausted = size >= num_clients or asked + len(avoided) >= num_clients
         if len(found.chosen) == wanted or exhausted or strangers > 2:

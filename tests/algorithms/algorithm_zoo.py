@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -137,6 +141,28 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 def identical(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     """Return whether two states agree to the bit."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def on_one_process_and_on_two(program: str, folder: Path) -> tuple[Any, Any]:
+    """Start a program of this folder with torchrun on one process and then on two, and load what each saved.
+
+    Args:
+        program: its file name; its argument is where it saves.
+        folder: for what it saves.
+    """
+    results = []
+    for count in (1, 2):
+        target = folder / f"{count}.pt"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        environment = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
+        done = subprocess.run(
+            [*command, str(Path(__file__).with_name(program)), str(target)], capture_output=True, text=True,
+            timeout=580, env=environment, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(torch.load(target, weights_only=True))
+    one, two = results
+    return one, two
 
 
 class Judged(Net):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,17 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from algorithm_zoo import ALGORITHMS, WITH_OWN_MODELS, Net, Normalised, clients, drawn, identical, weights
+from algorithm_zoo import (
+    ALGORITHMS,
+    WITH_OWN_MODELS,
+    Net,
+    Normalised,
+    clients,
+    drawn,
+    identical,
+    on_one_process_and_on_two,
+    weights,
+)
 from everyone import assert_same
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -184,18 +191,7 @@ def assert_plain(value: Any) -> None:
 @pytest.mark.slow
 def test_two_processes_give_the_bits_of_one(tmp_path: Path) -> None:
     """All algorithms in one program, started on one process and then on two."""
-    program = Path(__file__).parent / "processes.py"
-    results = []
-    for count in (1, 2):
-        target = tmp_path / f"{count}.pt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        environment = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
-        done = subprocess.run(
-            [*command, str(program), str(target)], capture_output=True, text=True, timeout=580, env=environment
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(torch.load(target, weights_only=True))
-    one, two = results
+    one, two = on_one_process_and_on_two("processes.py", tmp_path)
     own_models = {f"{name}: own models" for name in WITH_OWN_MODELS}
     others = {"power of choice", "FedAdam: empty rounds", "FLTrust: empty rounds"}
     assert one.keys() == ALGORITHMS.keys() | own_models | others

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from algorithm_zoo import Net, Normalised, Still, identical, weights
+from algorithm_zoo import Net, Normalised, Still, identical, on_one_process_and_on_two, weights
 from everyone import (
     ALONE,
     ASYNCHRONOUS,
@@ -134,18 +131,7 @@ def test_frozen_parameters_stay_in_a_group(name: str) -> None:
 @pytest.mark.slow
 def test_two_processes_give_the_bits_of_one_in_groups(tmp_path: Path) -> None:
     """A group never crosses a lane, and a lane is never cut between processes. One by one: see ``processes.py``."""
-    results = []
-    for count in (1, 2):
-        target = tmp_path / f"{count}.pt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        environment = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
-        done = subprocess.run(
-            [*command, str(Path(__file__).with_name("group_processes.py")), str(target)], capture_output=True,
-            text=True, timeout=580, env=environment, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(torch.load(target, weights_only=True))
-    one, two = results
+    one, two = on_one_process_and_on_two("group_processes.py", tmp_path)
     assert one.keys() == EVERYONE.keys()
     assert [name for name in one if not identical(one[name], two[name])] == []
 
